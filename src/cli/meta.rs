@@ -1,0 +1,1 @@
+//! `bdev-repl meta`: creates, dumps and checks metadata offline.

@@ -1,0 +1,8 @@
+//! The replication engine: deterministic state machines without threads, clocks, sockets or files.
+
+#![forbid(unsafe_code)]
+
+pub mod bitmap;
+pub mod meta;
+pub mod peer;
+pub mod range_lock;

@@ -1,0 +1,1 @@
+//! What the engine may ask of the world that it runs in.

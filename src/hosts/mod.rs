@@ -1,0 +1,3 @@
+//! The hosts of the engine. A host never knows another host.
+
+pub mod embedded;

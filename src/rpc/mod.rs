@@ -1,0 +1,1 @@
+//! JSON-RPC methods, parameters and errors: one implementation for all hosts.
