@@ -1,1 +1,7 @@
-//! NVMe over TCP as the NVMe Base, NVMe-oF and NVMe/TCP Transport specifications have it.
+//! NVMe over TCP as the NVMe Base, NVMe-oF and NVMe/TCP Transport specifications have it: a target, an
+//! initiator, and what they share. State machines driven by a reactor: no threads, no clock, no waiting.
+
+pub mod buffer;
+pub mod command;
+pub mod identify;
+pub mod pdu;
