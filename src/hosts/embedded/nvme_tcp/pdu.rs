@@ -246,7 +246,7 @@ impl CommonHeader {
                 }
                 if pdu_bytes > bare_bytes {
                     let offset = u32::from(data_offset);
-                    if offset < bare_bytes || !offset.is_multiple_of(4) {
+                    if offset < bare_bytes || offset % 4 != 0 {
                         return Err(Fault::field(OFFSET_DATA_OFFSET));
                     }
                     if (flags & FLAG_DATA_DIGEST != 0) != digests.data {
