@@ -2,7 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod atomic_bits;
 pub mod bitmap;
+pub mod duplicates;
 pub mod meta;
 pub mod peer;
 pub mod range_lock;
+pub mod sync;
