@@ -191,8 +191,10 @@ impl ActivityLog {
     }
 
     fn for_retiring(&mut self, extent: u32, change: impl FnOnce(&mut ExtentSet, Position)) {
-        if let Some(at) = self.extents.find(extent)
-            && self.extents.is_retiring(at)
+        if let Some(at) = self
+            .extents
+            .find(extent)
+            .filter(|&at| self.extents.is_retiring(at))
         {
             change(&mut self.extents, at);
         }

@@ -39,6 +39,7 @@ pub enum Placement {
 /// What a layout is computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayoutParams {
+    /// Rounded down to 4 KiB by the layout.
     pub device_size_bytes: u64,
     /// 512 to 4096, a power of two.
     pub block_size_bytes: u32,
@@ -92,7 +93,6 @@ pub struct Layout {
     data_size: u64,
     al_offset: u64,
     bitmap_offset: u64,
-    end_superblocks: u64,
 }
 
 /// The four places at which a device of this size may carry a superblock: version 0 and 1 at the front,
@@ -183,10 +183,9 @@ impl Layout {
                 fits_blocks * BLOCK
             }
         };
-        let end_superblocks = end - SUPERBLOCK_PAIR;
-        let bitmap_offset = end_superblocks - bitmap_bytes(data_size);
+        let bitmap_offset = end - SUPERBLOCK_PAIR - bitmap_bytes(data_size);
         Ok(Layout {
-            device_size: device_size_bytes,
+            device_size: end,
             block_size: block_size_bytes,
             placement: params.placement,
             granularity_log2: params.granularity_log2,
@@ -196,7 +195,6 @@ impl Layout {
             data_size,
             al_offset: bitmap_offset - log_bytes,
             bitmap_offset,
-            end_superblocks,
         })
     }
 
@@ -214,7 +212,8 @@ impl Layout {
         }
     }
 
-    /// Size in bytes of the backing device that this layout is for.
+    /// Size in bytes of the backing device that this layout is for, rounded down to 4 KiB: where the
+    /// metadata ends.
     pub fn device_size(&self) -> u64 {
         self.device_size
     }
@@ -279,8 +278,8 @@ impl Layout {
             Placement::InPlace => [None, None],
         };
         let end = [
-            Some(self.end_superblocks),
-            Some(self.end_superblocks + BLOCK),
+            Some(self.device_size - SUPERBLOCK_PAIR),
+            Some(self.device_size - BLOCK),
         ];
         front.into_iter().chain(end).flatten()
     }
@@ -311,12 +310,7 @@ impl Layout {
 
     /// Bytes of the device that the metadata takes, the room before the data included.
     pub fn metadata_bytes(&self) -> u64 {
-        self.data_offset() + self.metadata_end() - self.al_offset
-    }
-
-    /// Where the metadata at the end ends: the device's size rounded down to 4 KiB.
-    pub fn metadata_end(&self) -> u64 {
-        self.end_superblocks + SUPERBLOCK_PAIR
+        self.data_offset() + self.device_size - self.al_offset
     }
 }
 
@@ -386,7 +380,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!(layout.data_size(), 8 << 20);
-        assert_eq!(layout.metadata_end(), 64 << 20);
+        assert_eq!(layout.device_size(), 64 << 20);
         assert!(layout.al_offset() > 60 << 20);
     }
 
@@ -481,7 +475,7 @@ mod tests {
                 prop_assert_eq!(last_log + 4096, layout.bitmap_offset());
                 let last_page = layout.bitmap_page_offset(peer_slots - 1, layout.bitmap_pages() - 1);
                 prop_assert_eq!(last_page + 4096, layout.superblock_offsets().nth(if in_place { 0 } else { 2 }).unwrap());
-                prop_assert!(layout.metadata_end() <= params.device_size_bytes);
+                prop_assert!(layout.device_size() <= params.device_size_bytes);
                 prop_assert_eq!(Layout::new(&layout.params()).unwrap(), layout.clone());
                 if wish.is_none() {
                     let unused = layout.al_offset() - layout.data_offset() - layout.data_size();

@@ -8,13 +8,20 @@
 //! - [`generation`]: the generations by which two nodes know whose data is newer.
 //! - [`activity_log`]: which extents may be different after a crash.
 //! - [`bitmap_page`]: one page of a peer's bitmap.
+//! - [`format`](mod@format): the metadata of a fresh volume, and the order in which it is written.
+//! - [`foreign`]: what a device already carries, so that nobody formats it by mistake.
 
 pub mod activity_log;
 pub mod bitmap_page;
 pub mod block;
+pub mod foreign;
+pub mod format;
 pub mod generation;
 pub mod layout;
 pub mod superblock;
+
+#[cfg(test)]
+mod torn_write_tests;
 
 /// Highest number of peers of a volume; a peer slot is 0 to 6.
 pub const MAX_PEERS: usize = 7;

@@ -470,6 +470,11 @@ fn parse_layout(block: &Block) -> Result<Layout, SuperblockError> {
         al_ring_blocks: u32_at(block, AT_AL_RING_BLOCKS),
     })?;
     let stored = [
+        (
+            "the end of the device",
+            u64_at(block, AT_DEVICE_SIZE),
+            layout.device_size(),
+        ),
         ("the end of the data", data_size, layout.data_size()),
         (
             "the activity log",
@@ -535,6 +540,7 @@ fn parse_peers(block: &Block) -> Result<[Option<PeerSlot>; MAX_PEERS], Superbloc
 /// A superblock for another device size is passed over while there is one for this size: with data in
 /// place, the volume's data may begin with the superblock of a volume inside it.
 pub fn pick(blocks: &[Option<&[u8]>; 4], device_size_bytes: u64) -> Result<Superblock, PickError> {
+    let device_size_bytes = device_size_bytes / BLOCK_SIZE as u64 * BLOCK_SIZE as u64;
     let mut newest: Option<Superblock> = None;
     let mut other_size = None;
     let mut unsupported = None;

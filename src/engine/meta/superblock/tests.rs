@@ -178,7 +178,7 @@ fn every_field_is_validated() {
     let changes: [Change; 22] = [
         (AT_SEQUENCE, &[0; 8]),
         (AT_SEQUENCE + 7, &[0x80]),
-        (AT_DEVICE_SIZE + 2, &[1]),
+        (AT_DEVICE_SIZE, &[1]),
         (AT_VOLUME_UUID, &[0; 16]),
         (AT_NAME, &[0]),
         (AT_NAME, &[64]),
