@@ -1,8 +1,48 @@
 //! The command line: `tgt`, `status`, `meta`, `demo`.
+//! Called by `main`. Commands talk to a target by RPC only, except `tgt`, which is one.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
 
 pub mod meta;
+pub mod status;
+
+/// SPDK's default RPC socket.
+pub const DEFAULT_RPC_SOCKET: &str = "/var/tmp/spdk.sock";
+
+#[derive(Parser)]
+#[command(
+    name = "bdev-repl",
+    version,
+    about = "Block replication for SPDK and for machines without it"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show the volumes of running targets
+    Status(status::StatusArguments),
+}
 
 /// Runs the command and returns its exit code.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Status(arguments) => status::run(&arguments),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
 }
