@@ -1,4 +1,21 @@
 //! The embedded host: a small polled runtime for machines without SPDK.
+//!
+//! A [`node`] is one [`reactor`] thread per core; each owns a [`core`], reaches the others by
+//! [`message`], and drives [`disk`]s and sockets through its own [`ring`]. [`bdev`] is what an I/O and
+//! its answer look like, [`registry`] the names that the control path knows.
 
+pub mod bdev;
+pub mod core;
+pub mod disk;
+pub mod malloc;
+pub mod message;
+pub mod node;
 pub mod nvme_tcp;
+pub mod reactor;
+pub mod registry;
+pub mod ring;
 pub mod rpc;
+pub mod slab;
+pub mod target;
+pub mod timer;
+pub mod volume;
