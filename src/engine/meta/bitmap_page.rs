@@ -6,11 +6,7 @@
 use thiserror::Error;
 
 use super::block::{BLOCK_SIZE, Block, checksum, is_zero, put, u32_at, u64_at};
-
-/// Words of 64 bits in a page.
-pub const WORDS_PER_PAGE: usize = 511;
-/// Bits in a page.
-pub const BITS_PER_PAGE: u64 = 64 * WORDS_PER_PAGE as u64;
+use crate::engine::bitmap::Page;
 
 const CRC: usize = 0;
 const INDEX: usize = 4;
@@ -34,16 +30,16 @@ pub enum BitmapPageError {
     Index { page_index: u32, found: u32 },
 }
 
-/// Reads the page that was found at `page_index`. A block of zeroes is a page that was never written and
-/// has no bit set.
-pub fn parse(bytes: &[u8], page_index: u32) -> Result<[u64; WORDS_PER_PAGE], BitmapPageError> {
+/// Reads the page that was found at `page_index`. A block of zeroes is a page that was never written
+/// and has no bit set.
+pub fn parse(bytes: &[u8], page_index: u32) -> Result<Box<Page>, BitmapPageError> {
     let block: &Block = bytes.try_into().map_err(|_| BitmapPageError::Length {
         page_index,
         found_bytes: bytes.len(),
     })?;
-    let mut words = [0; WORDS_PER_PAGE];
+    let mut page = Page::boxed();
     if is_zero(block) {
-        return Ok(words);
+        return Ok(page);
     }
     let (found, computed) = (u32_at(block, CRC), checksum(block, CRC));
     if found != computed {
@@ -57,22 +53,21 @@ pub fn parse(bytes: &[u8], page_index: u32) -> Result<[u64; WORDS_PER_PAGE], Bit
     if found != page_index {
         return Err(BitmapPageError::Index { page_index, found });
     }
-    for (index, word) in words.iter_mut().enumerate() {
+    for (index, word) in page.0.iter_mut().enumerate() {
         *word = u64_at(block, WORDS + 8 * index);
     }
-    Ok(words)
+    Ok(page)
 }
 
-/// The bytes of page `page_index` with these words.
-pub fn emit(words: &[u64; WORDS_PER_PAGE], page_index: u32) -> Block {
-    let mut block = [0; BLOCK_SIZE];
-    put(&mut block, INDEX, &page_index.to_le_bytes());
-    for (index, word) in words.iter().enumerate() {
-        put(&mut block, WORDS + 8 * index, &word.to_le_bytes());
+/// Writes page `page_index` into `block`; `None` is a page without a set bit.
+pub fn emit(page: Option<&Page>, page_index: u32, block: &mut Block) {
+    *block = [0; BLOCK_SIZE];
+    put(block, INDEX, &page_index.to_le_bytes());
+    for (index, word) in page.iter().flat_map(|page| page.0.iter().enumerate()) {
+        put(block, WORDS + 8 * index, &word.to_le_bytes());
     }
-    let sum = checksum(&block, CRC);
-    put(&mut block, CRC, &sum.to_le_bytes());
-    block
+    let sum = checksum(block, CRC);
+    put(block, CRC, &sum.to_le_bytes());
 }
 
 #[cfg(test)]
@@ -81,16 +76,27 @@ mod tests {
 
     use super::*;
 
+    fn emitted(page: Option<&Page>, page_index: u32) -> Block {
+        let mut block = [0xff; BLOCK_SIZE];
+        emit(page, page_index, &mut block);
+        block
+    }
+
     #[test]
     fn a_page_that_was_never_written_is_clear() {
-        assert_eq!(parse(&[0; BLOCK_SIZE], 9), Ok([0; WORDS_PER_PAGE]));
-        // Written while clear, it is not a block of zeroes: the checksum of zeroes is not zero.
-        assert!(!is_zero(&emit(&[0; WORDS_PER_PAGE], 0)));
+        assert!(parse(&[0; BLOCK_SIZE], 9).unwrap().is_empty());
+        let clear = emitted(None, 9);
+        assert!(parse(&clear, 9).unwrap().is_empty());
+        assert_eq!(clear, emitted(Some(&Page::boxed()), 9));
+        assert!(
+            !is_zero(&emitted(None, 0)),
+            "the checksum of zeroes is not zero"
+        );
     }
 
     #[test]
     fn a_damaged_or_misplaced_page_is_refused() {
-        let mut block = emit(&[5; WORDS_PER_PAGE], 3);
+        let mut block = emitted(None, 3);
         assert_eq!(
             parse(&block, 4),
             Err(BitmapPageError::Index {
@@ -112,8 +118,9 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_emitted_is_parsed_again(seed: u64, index: u32) {
-            let words = std::array::from_fn(|word| seed.rotate_left(word as u32).wrapping_mul(word as u64));
-            prop_assert_eq!(parse(&emit(&words, index), index), Ok(words));
+            let word = |word: usize| seed.rotate_left(word as u32).wrapping_mul(word as u64);
+            let page = Page(std::array::from_fn(word));
+            prop_assert_eq!(parse(&emitted(Some(&page), index), index), Ok(Box::new(page)));
         }
 
         #[test]

@@ -17,9 +17,9 @@ use super::superblock::{Flags, PersistedDisk, Superblock, SuperblockError, Volum
 /// Bitmap granularity unless told: 4 KiB.
 pub const GRANULARITY_LOG2_DEFAULT: u8 = 12;
 /// Peer slots unless told.
-pub const PEER_SLOTS_DEFAULT: u8 = 7;
+pub const PEER_SLOTS_DEFAULT: u8 = 3;
 /// Channel slots unless told: rings of the activity log, one for each core that uses the volume.
-pub const CHANNEL_SLOTS_DEFAULT: u16 = 16;
+pub const CHANNEL_SLOTS_DEFAULT: u16 = 8;
 /// Blocks of each ring unless told.
 pub const AL_RING_BLOCKS_DEFAULT: u32 = 8;
 /// Extents of 4 MiB in each channel's activity log unless told: 1 GiB.
@@ -42,9 +42,18 @@ pub struct FormatParams {
     pub layout: LayoutParams,
     /// 1 to 1000 extents of 4 MiB for each channel.
     pub al_extents: u32,
-    /// The device's content is good: the same on every node that says so, and worth more than that of a
-    /// node that does not.
-    pub assume_clean: bool,
+    pub content: Content,
+}
+
+/// What the device holds when the volume is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing that matters: whatever a peer has is better.
+    Nothing,
+    /// The same as on every other node of which this is said: no first resync between them.
+    AssumeClean,
+    /// Data that the peers have not: they get all of it. `random` makes this node's first generation.
+    Data { random: u64 },
 }
 
 /// Why a volume cannot be made.
@@ -92,10 +101,10 @@ pub fn format(params: &FormatParams) -> Result<Superblock, FormatError> {
     let volume_uuid = params
         .volume_uuid
         .unwrap_or_else(|| volume_uuid_of_name(&params.name));
-    let (current, disk) = if params.assume_clean {
-        (clean_generation(&volume_uuid), PersistedDisk::UpToDate)
-    } else {
-        (generation::JUST_CREATED, PersistedDisk::Inconsistent)
+    let (current, disk) = match params.content {
+        Content::Nothing => (generation::JUST_CREATED, PersistedDisk::Inconsistent),
+        Content::AssumeClean => (clean_generation(&volume_uuid), PersistedDisk::UpToDate),
+        Content::Data { random } => (generation::from_random(random), PersistedDisk::UpToDate),
     };
     let superblock = Superblock {
         sequence: 1,
@@ -106,7 +115,7 @@ pub fn format(params: &FormatParams) -> Result<Superblock, FormatError> {
         layout: Layout::new(&params.layout)?,
         al_extents: params.al_extents,
         flags: Flags {
-            assume_clean: params.assume_clean,
+            assume_clean: params.content == Content::AssumeClean,
             ..Flags::default()
         },
         disk,
@@ -205,7 +214,7 @@ mod tests {
                 al_ring_blocks: AL_RING_BLOCKS_DEFAULT,
             },
             al_extents: AL_EXTENTS_DEFAULT,
-            assume_clean: false,
+            content: Content::Nothing,
         }
     }
 
@@ -230,12 +239,12 @@ mod tests {
     #[test]
     fn nodes_that_assume_clean_agree_without_being_told() {
         let here = format(&FormatParams {
-            assume_clean: true,
+            content: Content::AssumeClean,
             ..params()
         })
         .unwrap();
         let there = format(&FormatParams {
-            assume_clean: true,
+            content: Content::AssumeClean,
             node_id: 1,
             ..params()
         })
@@ -245,6 +254,23 @@ mod tests {
         assert_ne!(here.generations.current, generation::JUST_CREATED);
         assert_eq!(here.disk, PersistedDisk::UpToDate);
         assert_ne!(here.volume_uuid, volume_uuid_of_name("vol1"));
+    }
+
+    #[test]
+    fn a_device_that_has_the_data_is_up_to_date_with_a_generation_of_its_own() {
+        let of = |random| {
+            format(&FormatParams {
+                content: Content::Data { random },
+                ..params()
+            })
+            .unwrap()
+        };
+        assert_eq!(
+            (of(0x1235).generations.current, of(0x1235).disk),
+            (0x1234, PersistedDisk::UpToDate)
+        );
+        assert_ne!(of(0).generations.current, generation::NONE);
+        assert!(!of(7).flags.assume_clean);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::MAX_PEERS;
 use super::block::BLOCK_SIZE;
-use crate::engine::meta::bitmap_page::BITS_PER_PAGE;
+use crate::engine::bitmap;
 
 /// Where the data of a volume begins when the superblock lies before it.
 pub const FRONT_DATA_OFFSET: u64 = 1 << 20;
@@ -15,6 +15,7 @@ pub const FRONT_DATA_OFFSET: u64 = 1 << 20;
 pub const GRANULARITY_LOG2: std::ops::RangeInclusive<u8> = 12..=20;
 /// Bytes of an activity log extent.
 pub const AL_EXTENT_BYTES: u64 = 4 << 20;
+const BITS_PER_PAGE: u64 = bitmap::BITS_PER_PAGE as u64;
 /// Largest device and volume in bytes: extents of the activity log are counted in 32 bits.
 pub const SIZE_BYTES_MAX: u64 = AL_EXTENT_BYTES << 32;
 /// Largest number of channel slots, that is of rings of the activity log.

@@ -6,11 +6,12 @@ use proptest::prelude::*;
 
 use super::activity_log::ring::{RingId, recover};
 use super::activity_log::{ActivityLog, Begin};
-use super::bitmap_page::{self, WORDS_PER_PAGE};
+use super::bitmap_page;
 use super::block::{BLOCK_SIZE, Block};
-use super::format::{FormatParams, format};
+use super::format::{Content, FormatParams, format};
 use super::layout::{LayoutParams, Placement, superblock_places};
 use super::superblock::{PickError, Superblock, pick};
+use crate::engine::bitmap::Page;
 
 const DEVICE: u64 = 4 << 20;
 const SECTOR: usize = 512;
@@ -32,7 +33,7 @@ fn volume(placement: Placement) -> Superblock {
             al_ring_blocks: 2,
         },
         al_extents: 8,
-        assume_clean: false,
+        content: Content::Nothing,
     };
     format(&params).unwrap()
 }
@@ -131,14 +132,19 @@ fn a_superblock_of_which_any_sectors_were_written_leaves_the_old_or_the_new_one(
 
 #[test]
 fn a_bitmap_page_of_which_any_sectors_were_written_is_old_new_or_refused() {
-    let old_words: [u64; WORDS_PER_PAGE] = std::array::from_fn(|word| word as u64);
-    let new_words: [u64; WORDS_PER_PAGE] = std::array::from_fn(|word| word as u64 ^ 0xf0f0);
-    for old in [[0; BLOCK_SIZE], bitmap_page::emit(&old_words, 5)] {
-        let old_words = bitmap_page::parse(&old, 5).unwrap();
+    let page = |mask: u64| Page(std::array::from_fn(|word| word as u64 ^ mask));
+    let block_of = |page: &Page| {
+        let mut block = [0; BLOCK_SIZE];
+        bitmap_page::emit(Some(page), 5, &mut block);
+        block
+    };
+    let new = page(0xf0f0);
+    for old in [[0; BLOCK_SIZE], block_of(&page(0))] {
+        let old_page = *bitmap_page::parse(&old, 5).unwrap();
         let mut refused = 0;
-        for torn in torn_by_sectors(&old, &bitmap_page::emit(&new_words, 5)) {
+        for torn in torn_by_sectors(&old, &block_of(&new)) {
             match bitmap_page::parse(&torn, 5) {
-                Ok(words) => assert!(words == old_words || words == new_words),
+                Ok(found) => assert!(*found == old_page || *found == new),
                 Err(_) => refused += 1,
             }
         }

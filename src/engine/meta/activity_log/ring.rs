@@ -136,6 +136,8 @@ pub struct Recovery {
     pub next_number: u64,
     /// Whole transactions in the ring.
     pub transactions: u32,
+    /// Blocks that are neither a whole transaction nor zeroes. One is what a crash can leave.
+    pub broken_blocks: u32,
     /// More is broken than a write that was cut off can explain: the newest transactions are lost, and
     /// every extent of the volume must be taken as active.
     pub damaged: bool,
@@ -182,6 +184,7 @@ pub fn recover(bytes: &[u8], id: RingId, extent_count: u64) -> Recovery {
         extents,
         next_number,
         transactions: whole.len() as u32,
+        broken_blocks: broken.iter().filter(|&&broken| broken).count() as u32,
         damaged,
     }
 }
@@ -216,6 +219,7 @@ mod tests {
                 extents: vec![],
                 next_number: 1,
                 transactions: 0,
+                broken_blocks: 0,
                 damaged: false
             }
         );
