@@ -6,8 +6,8 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bdev_repl::engine::bitmap::{Master, Shard, wire};
@@ -197,18 +197,57 @@ fn shard_set(bench: &Bench, what: &'static str, writes: &[Range<u64>]) {
     });
 }
 
-fn harvest_and_merge(bench: &Bench, what: &'static str, writes: &[Range<u64>]) {
+/// Another core sets bits of the same volume all the while: in its own shard, or in the shared bitmap.
+fn shard_set_beside_another_core(bench: &Bench, writes: &[Range<u64>]) {
+    const WHAT: &str = "shard set, within 1 GiB, another core too";
+    let stop = AtomicBool::new(false);
+    let beside = |mut set: Box<dyn FnMut(Range<u64>) + Send>, measured: &mut dyn FnMut()| {
+        stop.store(false, Ordering::SeqCst);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for range in writes.iter().rev().cycle() {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    set(range.clone());
+                }
+            });
+            measured();
+            stop.store(true, Ordering::SeqCst);
+        });
+    };
+    let mut others = Shard::new(BITS);
     let mut shard = Shard::new(BITS);
+    beside(Box::new(move |range| others.set_range(range)), &mut || {
+        bench.each(WHAT, OURS, writes, |range| shard.set_range(range));
+    });
+    let atomic = Arc::new(AtomicBitmap::new(BITS));
+    let others = atomic.clone();
+    let set_shared = move |range| {
+        black_box(others.set(range));
+    };
+    beside(Box::new(set_shared), &mut || {
+        bench.each(WHAT, ATOMIC, writes, |range| {
+            black_box(atomic.set(range));
+        });
+    });
+}
+
+fn harvest_and_merge(bench: &Bench, what: &'static str, writes: &[Range<u64>]) {
+    // Every merge meets what an earlier one has left, from the first sample on.
     let mut master = Master::new(BITS);
+    for range in writes {
+        master.or_range(range.clone());
+    }
     bench.measure(what, OURS, |times| {
         prepared(
             times,
             || {
-                shard.refill();
-                writes
-                    .iter()
-                    .for_each(|range| shard.set_range(range.clone()));
-                std::mem::replace(&mut shard, Shard::new(BITS))
+                let mut shard = Shard::new(BITS);
+                for range in writes {
+                    shard.set_range(range.clone());
+                }
+                shard
             },
             |shard| {
                 for (index, page) in shard.harvest() {
@@ -238,6 +277,9 @@ fn harvest_and_merge(bench: &Bench, what: &'static str, writes: &[Range<u64>]) {
         )
     });
     let mut merged = RoaringBitmap::new();
+    for range in writes {
+        merged.insert_range(narrow(range.clone()));
+    }
     bench.measure(what, ROARING, |times| {
         prepared(
             times,
@@ -286,11 +328,13 @@ fn wire_form(bench: &Bench, writes: &[Range<u64>]) -> [usize; 3] {
         prepared(times, || (), |()| encode_all(&master, &mut bodies))
     });
     encode_all(&master, &mut bodies);
+    // The receiver has bits of its own already.
+    let mut received = master.clone();
     bench.measure(DECODE, OURS, |times| {
         prepared(
             times,
-            || Master::new(BITS),
-            |received| {
+            || (),
+            |()| {
                 for body in &bodies {
                     wire::decode(body, BITS, |index, page| {
                         received.or_page(index, page);
@@ -341,11 +385,16 @@ fn wire_form(bench: &Bench, writes: &[Range<u64>]) -> [usize; 3] {
             },
         )
     });
+    let mut received = roaring.clone();
     bench.measure(DECODE, ROARING, |times| {
-        prepared(times, RoaringBitmap::new, |received| {
-            *received |= RoaringBitmap::deserialize_from(&bytes[..]).expect("encoded above");
-            received.len()
-        })
+        prepared(
+            times,
+            || (),
+            |()| {
+                received |= RoaringBitmap::deserialize_from(&bytes[..]).expect("encoded above");
+                received.len()
+            },
+        )
     });
     [bodies.iter().map(Vec::len).sum(), plain.len(), bytes.len()]
 }
@@ -364,11 +413,9 @@ fn main() {
     let busy = random_writes(BUSY_WRITES, BITS);
     range_lock(&bench);
     shard_set(&bench, "shard set, all over 1 TiB", &busy);
-    shard_set(
-        &bench,
-        "shard set, within 1 GiB",
-        &random_writes(BUSY_WRITES, 1 << 18),
-    );
+    let near = random_writes(BUSY_WRITES, 1 << 18);
+    shard_set(&bench, "shard set, within 1 GiB", &near);
+    shard_set_beside_another_core(&bench, &near);
     harvest_and_merge(&bench, "harvest and merge of 1 TiB, 65536 writes", &busy);
     harvest_and_merge(
         &bench,

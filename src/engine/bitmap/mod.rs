@@ -30,18 +30,21 @@ pub fn page_bits(bits: u64, index: u32) -> u32 {
 }
 
 /// `range` cut at page borders: `(page index, bits within the page)`.
+#[inline]
 fn page_ranges(range: Range<u64>) -> impl Iterator<Item = (usize, Range<u32>)> {
     let per_page = u64::from(BITS_PER_PAGE);
-    let mut next = range.start;
+    let mut page = range.start / per_page;
+    let mut first = range.start - page * per_page;
+    let mut left = range.end.saturating_sub(range.start);
     core::iter::from_fn(move || {
-        if next >= range.end {
+        if left == 0 {
             return None;
         }
-        let page = next / per_page;
-        let first = (next % per_page) as u32;
-        let end = range.end.min((page + 1) * per_page);
-        let length = (end - next) as u32;
-        next = end;
-        Some((page as usize, first..first + length))
+        let length = left.min(per_page - first);
+        let cut = (page as usize, first as u32..(first + length) as u32);
+        left -= length;
+        page += 1;
+        first = 0;
+        Some(cut)
     })
 }

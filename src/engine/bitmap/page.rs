@@ -12,6 +12,10 @@ pub const BITS_PER_PAGE: u32 = WORDS_PER_PAGE as u32 * 64;
 /// Bytes of a page's words as they lie on disk, little-endian, without the header.
 pub const PAGE_BYTES: usize = WORDS_PER_PAGE * 8;
 
+/// Words that are looked at together, to pass over those without a set bit. Divides a page.
+const GROUP_WORDS: usize = 7;
+const _: () = assert!(WORDS_PER_PAGE % GROUP_WORDS == 0);
+
 /// The bits of one page. Bit `b` is bit `b % 64` of word `b / 64`.
 ///
 /// A range past the end of the page is a mistake of the caller and panics.
@@ -50,7 +54,14 @@ impl Page {
 
     /// How many bits are set.
     pub fn count(&self) -> u32 {
-        self.0.iter().map(|word| word.count_ones()).sum()
+        let mut set = 0;
+        for words in self.0.chunks_exact(GROUP_WORDS) {
+            // Most words of most pages are clear, and counting is dear without a popcount instruction.
+            if words.iter().fold(0, |any, word| any | word) != 0 {
+                set += words.iter().map(|word| word.count_ones()).sum::<u32>();
+            }
+        }
+        set
     }
 
     /// Whether any bit of `range` is set.
@@ -62,6 +73,12 @@ impl Page {
     /// Sets `range`. Plain stores: nothing is counted.
     #[inline]
     pub fn set_range(&mut self, range: Range<u32>) {
+        let low = range.start % 64;
+        let width = range.end.saturating_sub(range.start);
+        if width > 0 && width <= 64 - low {
+            self.0[range.start as usize / 64] |= (u64::MAX >> (64 - width)) << low;
+            return;
+        }
         for (index, mask) in word_masks(wide(range)) {
             self.0[index] |= mask;
         }
@@ -90,9 +107,14 @@ impl Page {
     /// Sets what `other` has set; how many bits were clear before.
     pub fn or_from(&mut self, other: &Page) -> u32 {
         let mut changed = 0;
-        for (word, from) in self.0.iter_mut().zip(&other.0) {
-            changed += (from & !*word).count_ones();
-            *word |= from;
+        let groups = self.0.chunks_exact_mut(GROUP_WORDS);
+        for (words, from) in groups.zip(other.0.chunks_exact(GROUP_WORDS)) {
+            if from.iter().fold(0, |any, word| any | word) != 0 {
+                for (word, from) in words.iter_mut().zip(from) {
+                    changed += (from & !*word).count_ones();
+                    *word |= from;
+                }
+            }
         }
         changed
     }

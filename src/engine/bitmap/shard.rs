@@ -60,14 +60,15 @@ impl Shard {
         for (index, within) in page_ranges(range) {
             match &mut self.pages[index] {
                 Some(page) => page.set_range(within),
-                None => {
-                    let mut page = self.free.pop().unwrap_or_else(Page::boxed);
-                    page.set_range(within);
-                    self.pages[index] = Some(page);
-                    self.touched.push(index as u32);
-                }
+                None => self.touch(index).set_range(within),
             }
         }
+    }
+
+    #[cold]
+    fn touch(&mut self, index: usize) -> &mut Page {
+        self.touched.push(index as u32);
+        self.pages[index].insert(self.free.pop().unwrap_or_else(Page::boxed))
     }
 
     /// Whether any bit of `range` is set here. Harvested bits are not.

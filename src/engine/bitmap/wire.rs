@@ -150,7 +150,18 @@ fn encode_page(page: &Page, bits: u32, first: usize, writer: &mut Writer) -> Opt
         bits: first as u32 * 64,
     };
     let mut literal: Option<usize> = None;
-    for (index, word) in page.0.iter().copied().enumerate().take(words).skip(first) {
+    let mut index = first;
+    while index < words {
+        let word = page.0[index];
+        if word == 0 && !run.set {
+            // Most of most pages; the run costs nothing until something follows it.
+            let clear = page.0[index..words].iter().take_while(|word| **word == 0);
+            let clear = clear.count();
+            index += clear;
+            run.bits += clear as u32 * 64;
+            literal = None;
+            continue;
+        }
         if writer.room() < WORD_RESERVE_BYTES {
             if run.set {
                 run.flush(writer);
@@ -163,10 +174,11 @@ fn encode_page(page: &Page, bits: u32, first: usize, writer: &mut Writer) -> Opt
         if changes.count_ones() > RUN_CHANGES_MAX {
             run.flush(writer);
             literal = Some(writer.literal(literal, word));
-            continue;
+        } else {
+            literal = None;
+            run.extend(word, width, writer);
         }
-        literal = None;
-        run.extend(word, width, writer);
+        index += 1;
     }
     writer.number(if run.set { SET } else { CLEAR });
     None
