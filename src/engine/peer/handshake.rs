@@ -401,7 +401,8 @@ impl Pair<'_> {
     /// what it is, since demoting one would not mend it.
     fn permitted(&self, decision: Decision) -> Decision {
         let both_primary = self.first.role == Role::Primary && self.second.role == Role::Primary;
-        if both_primary && decision.outcome.connects() {
+        let diverged = matches!(decision.outcome, Outcome::SplitBrain | Outcome::Unrelated);
+        if both_primary && !diverged {
             let outcome = Outcome::Refuse(RefuseReason::DualPrimary);
             return Decision {
                 outcome,
