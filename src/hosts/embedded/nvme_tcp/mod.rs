@@ -4,4 +4,7 @@
 pub mod buffer;
 pub mod command;
 pub mod identify;
+pub mod initiator;
 pub mod pdu;
+pub mod stream;
+pub mod target;
