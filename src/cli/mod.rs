@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 pub mod meta;
 pub mod status;
+pub mod tgt;
 
 /// SPDK's default RPC socket.
 pub const DEFAULT_RPC_SOCKET: &str = "/var/tmp/spdk.sock";
@@ -24,6 +25,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run a node: disks, volumes, NVMe/TCP target, RPC
+    Tgt(Box<tgt::TargetArguments>),
     /// Show the volumes of running targets
     Status(status::StatusArguments),
 }
@@ -31,6 +34,7 @@ enum Command {
 /// Runs the command and returns its exit code.
 pub fn main() -> ExitCode {
     match Cli::parse().command {
+        Command::Tgt(arguments) => tgt::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
     }
 }

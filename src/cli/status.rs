@@ -54,8 +54,12 @@ pub fn run(arguments: &StatusArguments) -> ExitCode {
         let all: Vec<Value> = targets
             .iter()
             .map(|target| match &target.volumes {
-                Ok(volumes) => json!({"rpc_socket": target.socket, "volumes": volumes}),
-                Err(error) => json!({"rpc_socket": target.socket, "error": error}),
+                Ok(volumes) => {
+                    json!({"rpc_socket": target.socket.to_string_lossy(), "volumes": volumes})
+                }
+                Err(error) => {
+                    json!({"rpc_socket": target.socket.to_string_lossy(), "error": error})
+                }
             })
             .collect();
         println!("{:#}", Value::Array(all));

@@ -15,6 +15,7 @@ use super::message::{Message, NodeHandle};
 use super::reactor::Reactor;
 use super::registry::Registry;
 use super::ring::{Completion, Tag, TagKind};
+use super::rpc::Control;
 use super::slab::{Key, Slab};
 use super::timer::{TimerId, Timers};
 use super::volume::{self, CoreVolumes, Port, VolumeMessage};
@@ -31,6 +32,8 @@ pub struct Core {
     pub disks: DiskQueue,
     /// Names and claims; filled on core 0 only.
     pub registry: Registry,
+    /// What RPCs remember; used on core 0 only.
+    pub control: Control,
     pub volumes: CoreVolumes,
     timers: Timers<Task>,
     /// Answers to deliver.
@@ -82,6 +85,7 @@ impl Core {
             bdevs: BdevTable::default(),
             disks: DiskQueue::new()?,
             registry: Registry::default(),
+            control: Control::default(),
             volumes: CoreVolumes::default(),
             timers: Timers::default(),
             done: VecDeque::new(),
