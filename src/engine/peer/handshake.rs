@@ -21,7 +21,8 @@ use super::state::{DiskState, Role};
 /// Which rule decided. Its documentation says what state of the two nodes leads to it; "one" and "the
 /// other" may be either of the two, the outcome says which.
 ///
-/// The rules are tried in this order. Up to `JustCreated` the generations do not matter; from
+/// The rules are tried in this order, but for a split brain that bitmap generations show only if no history
+/// settles it. Up to `FullSyncWanted` it does not matter whose data is newer; from
 /// `BothInconsistent` to `ReconcileByNodeId` both have the same current generation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Rule {

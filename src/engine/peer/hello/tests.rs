@@ -375,3 +375,25 @@ fn limits_are_the_smaller_and_bitmaps_the_coarser_of_both() {
         })
     );
 }
+
+#[test]
+fn fields_are_where_the_protocol_document_has_them() {
+    let hello = Hello {
+        disk: DiskState::Consistent,
+        lost_quorum: true,
+        bitmap_generation: 0x0a0b,
+        dirty_bits: 0x0c0d,
+        history: std::array::from_fn(|n| 0x100 * (n as u64 + 1)),
+        ..hello_of(3, 6, 0x0e0f)
+    };
+    let bytes = hello.emit();
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    assert_eq!(&bytes[..10], b"BDRPHELO\x00\x02");
+    assert_eq!((bytes[14], bytes[15], bytes[24]), (3, 6, b'v'));
+    assert_eq!((number(40), bytes[49], bytes[52]), (1 << 20, 0x10, 12));
+    assert_eq!((bytes[53], bytes[54], bytes[56]), (2, 7, 1 << 4));
+    assert_eq!((bytes[62], bytes[65], bytes[68]), (2, 0x10, 32));
+    assert_eq!((number(72), number(80)), (1003, 0x0c0d));
+    assert_eq!((number(88), number(96)), (0x0e0f, 0x0a0b));
+    assert_eq!((number(104), number(224), number(232)), (0x100, 0x1000, 0));
+}
