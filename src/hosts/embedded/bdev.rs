@@ -74,6 +74,8 @@ pub type IoResult = Result<(), IoError>;
 pub enum Owner {
     /// A request of a connection of the NVMe/TCP target on this core.
     Nvmf(super::target::RequestHandle),
+    /// A request of the target that takes several I/Os.
+    Combined(Key),
     /// The engine: its volume and its token.
     Volume { volume: u32, token: u64 },
     /// A one-shot closure of the control path.

@@ -11,12 +11,16 @@ use super::bdev::{
     BdevId, BdevIo, BdevKind, BdevTable, Done, IoError, IoKind, IoResult, Owner, Ticket,
 };
 use super::disk::DiskQueue;
+use super::initiator::{self, CoreInitiators, QueueEvent, QueueOwner};
+use super::listener::{self, Listeners};
 use super::message::{Message, NodeHandle};
+use super::nvme_tcp::target::SharedTarget;
 use super::reactor::Reactor;
 use super::registry::Registry;
 use super::ring::{Completion, Tag, TagKind};
 use super::rpc::Control;
 use super::slab::{Key, Slab};
+use super::target::{self, CoreTarget};
 use super::timer::{TimerId, Timers};
 use super::volume::{self, CoreVolumes, Port, VolumeMessage};
 
@@ -34,6 +38,10 @@ pub struct Core {
     pub registry: Registry,
     /// What RPCs remember; used on core 0 only.
     pub control: Control,
+    /// The listening sockets; filled on core 0 only.
+    pub listeners: Listeners,
+    pub target: CoreTarget,
+    pub initiators: CoreInitiators,
     pub volumes: CoreVolumes,
     timers: Timers<Task>,
     /// Answers to deliver.
@@ -77,7 +85,12 @@ const ANSWERS_PER_ROUND: usize = 1024;
 
 impl Core {
     /// To be made on its own thread.
-    pub fn new(index: usize, node: NodeHandle, clock: Instant) -> io::Result<Self> {
+    pub fn new(
+        index: usize,
+        node: NodeHandle,
+        clock: Instant,
+        target: SharedTarget,
+    ) -> io::Result<Self> {
         Ok(Self {
             index,
             cores: node.cores(),
@@ -86,6 +99,9 @@ impl Core {
             disks: DiskQueue::new()?,
             registry: Registry::default(),
             control: Control::default(),
+            listeners: Listeners::default(),
+            target: CoreTarget::new(target),
+            initiators: CoreInitiators::default(),
             volumes: CoreVolumes::default(),
             timers: Timers::default(),
             done: VecDeque::new(),
@@ -168,6 +184,11 @@ impl Core {
         if !self.closing.is_empty() {
             self.acknowledge_closed(ticket.bdev);
         }
+    }
+
+    /// An answer that no bdev gives; delivered as those are.
+    pub fn answer(&mut self, done: Done) {
+        self.done.push_back(done);
     }
 
     /// Refuses new I/O for a bdev, and acknowledges when the last is answered.
@@ -280,8 +301,13 @@ impl Core {
         let mut worked = self.take_completions()?;
         worked |= self.take_messages();
         worked |= self.fire_timers();
+        worked |= target::poll(self);
+        worked |= initiator::poll(self);
         worked |= volume::poll(self);
         worked |= self.deliver();
+        // Answers and commands leave in the round in which they came up.
+        worked |= target::poll(self);
+        worked |= initiator::poll(self);
         let waiting = self.reactor.flush_outboxes();
         self.reactor.ring.enter()?;
         if worked || waiting {
@@ -309,7 +335,7 @@ impl Core {
         Ok(worked)
     }
 
-    fn dispatch(&mut self, tag: Tag, result: i32, _more: bool) {
+    fn dispatch(&mut self, tag: Tag, result: i32, more: bool) {
         match tag.kind {
             TagKind::Disk => {
                 let answer = self.disks.complete(&mut self.reactor.ring, tag, result);
@@ -319,7 +345,9 @@ impl Core {
             }
             TagKind::Event => self.reactor.event_rang(),
             TagKind::WakeFailed => self.reactor.wake_failed(tag.slot),
-            TagKind::TargetSocket | TagKind::InitiatorSocket | TagKind::Listener => {}
+            TagKind::TargetSocket => target::event(self, tag, result, more),
+            TagKind::Listener => listener::ready(self, tag, more),
+            TagKind::InitiatorSocket => initiator::event(self, tag, result, more),
             TagKind::None => {}
         }
     }
@@ -352,6 +380,9 @@ impl Core {
                 volume::submit(self, volume, port, ticket, io);
             } else if let Some(done) = self.done.pop_front() {
                 self.hand_over(done);
+            } else if let Some(event) = self.initiators.take_event() {
+                // After the answers: what a queue pair had is answered before its owner hears of its end.
+                self.tell(event);
             } else {
                 return delivered > 0;
             }
@@ -359,9 +390,18 @@ impl Core {
         true
     }
 
+    fn tell(&mut self, event: QueueEvent) {
+        match event.owner {
+            QueueOwner::Volume { volume, link } => {
+                volume::link_event(self, volume, link, event.queue, event.change);
+            }
+        }
+    }
+
     fn hand_over(&mut self, done: Done) {
         match done.owner {
-            Owner::Nvmf(_) => {}
+            Owner::Nvmf(request) => self.target.complete(request, done.status, done.dword0),
+            Owner::Combined(key) => target::go_on(self, key, done.status),
             Owner::Volume { volume, token } => {
                 volume::complete(self, volume, token, done.status, done.dword0);
             }

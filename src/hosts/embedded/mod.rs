@@ -2,11 +2,14 @@
 //!
 //! A [`node`] is one [`reactor`] thread per core; each owns a [`core`], reaches the others by
 //! [`message`], and drives [`disk`]s and sockets through its own [`ring`]. [`bdev`] is what an I/O and
-//! its answer look like, [`registry`] the names that the control path knows.
+//! its answer look like, [`registry`] the names that the control path knows. [`target`] serves bdevs to
+//! hosts, [`initiator`] reaches other nodes.
 
 pub mod bdev;
 pub mod core;
 pub mod disk;
+pub mod initiator;
+pub mod listener;
 pub mod malloc;
 pub mod message;
 pub mod node;
@@ -16,6 +19,7 @@ pub mod registry;
 pub mod ring;
 pub mod rpc;
 pub mod slab;
+pub mod socket;
 pub mod target;
 pub mod timer;
 pub mod volume;

@@ -7,7 +7,11 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::core::Core;
-use super::message::NodeHandle;
+use super::initiator;
+use super::listener;
+use super::message::{Message, NodeHandle};
+use super::nvme_tcp::target::{SharedTarget, TargetOptions, TargetState};
+use super::target;
 use super::volume;
 
 /// CPUs to run reactors on, as SPDK's `-m` takes them.
@@ -113,14 +117,19 @@ impl Node {
         let cpus = options.core_mask.cpus();
         let handle = NodeHandle::new(cpus.len())?;
         let clock = Instant::now();
+        let target = TargetState::new(TargetOptions::default());
         let (started, starts) = sync_channel(cpus.len());
         let mut threads = Vec::new();
         for (index, cpu) in cpus.iter().copied().enumerate() {
             let handle = handle.clone();
             let started = started.clone();
+            let target = target.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("reactor_{cpu}"))
-                .spawn(move || reactor_thread(index, cpu, handle, clock, &started))?;
+                .spawn(move || {
+                    pin_to(cpu);
+                    reactor_thread(index, handle, clock, target, &started)
+                })?;
             threads.push(thread);
         }
         let node = Self { handle, threads };
@@ -178,14 +187,13 @@ fn closed() -> io::Error {
 
 fn reactor_thread(
     index: usize,
-    cpu: usize,
     handle: NodeHandle,
     clock: Instant,
+    target: SharedTarget,
     started: &std::sync::mpsc::SyncSender<io::Result<()>>,
 ) -> io::Result<()> {
-    pin_to(cpu);
     let mailbox_owner = handle.clone();
-    let mut core = match Core::new(index, handle, clock) {
+    let mut core = match Core::new(index, handle, clock, target) {
         Ok(core) => core,
         Err(error) => {
             mailbox_owner.mailbox(index).close();
@@ -213,13 +221,19 @@ fn pin_to(cpu: usize) {
     }
 }
 
-/// Takes the node down in order, on core 0: volumes, bdevs, then the reactors.
+/// Takes the node down in order, on core 0: hosts are turned away, volumes end what they hold, then the
+/// connections and the reactors go.
 pub fn shutdown(core: &mut Core) {
-    volume::shutdown(core, |core| {
-        for index in 0..core.cores {
-            let stop = super::message::Message::Call(Box::new(Core::stop));
-            core.send(index, stop);
-        }
+    listener::close_all(core);
+    core.on_all_cores(target::close_connections, |core| {
+        volume::shutdown(core, |core| {
+            core.on_all_cores(initiator::close_all, |_| {});
+            core.on_all_cores_later(target::wait_for_connections, |core| {
+                for index in 0..core.cores {
+                    core.send(index, Message::Call(Box::new(Core::stop)));
+                }
+            });
+        });
     });
 }
 

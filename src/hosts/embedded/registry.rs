@@ -11,6 +11,7 @@ use super::bdev::{BdevId, BdevKind, CoreBdev, IoStat};
 use super::core::Core;
 use super::disk::{FileDisk, FileParameters};
 use super::malloc::MallocDisk;
+use super::target;
 
 /// What went wrong, with the code that SPDK answers with (a negative errno).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -268,6 +269,7 @@ pub fn delete(
     if let Some(entry) = core.registry.entries.get_mut(&id) {
         entry.state = EntryState::Going;
     }
+    target::remove_bdev(core, id);
     core.on_all_cores_later(
         move |core, acknowledgement| core.close_bdev(id, acknowledgement),
         move |core| {

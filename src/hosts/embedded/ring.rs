@@ -87,7 +87,12 @@ pub struct Ring {
     uring: IoUring,
     /// Entries that found the submission queue full, oldest first.
     backlog: VecDeque<squeue::Entry>,
+    /// First and last address of the memory that the kernel knows, by its number there.
+    registered: Vec<(usize, usize)>,
 }
+
+/// Pieces of memory that can be registered.
+const REGISTERED_MAX: u32 = 16;
 
 const COMPLETION_ENTRIES_PER_SUBMISSION: u32 = 8;
 
@@ -122,7 +127,45 @@ impl Ring {
         Ok(Self {
             uring,
             backlog: VecDeque::new(),
+            registered: Vec::new(),
         })
+    }
+
+    /// Lets the kernel pin memory once rather than for every I/O. Where it refuses (memlock limit, old
+    /// kernel) I/O works as well without, only slower.
+    ///
+    /// # Safety
+    /// The memory stays mapped as long as the ring lives.
+    pub unsafe fn register_memory(&mut self, memory: *mut u8, length_bytes: usize) {
+        let number = self.registered.len() as u32;
+        if number >= REGISTERED_MAX {
+            return;
+        }
+        let submitter = self.uring.submitter();
+        if number == 0 && submitter.register_buffers_sparse(REGISTERED_MAX).is_err() {
+            return;
+        }
+        let range = libc::iovec {
+            iov_base: memory.cast(),
+            iov_len: length_bytes,
+        };
+        // SAFETY: passed on to our caller.
+        match unsafe { submitter.register_buffers_update(number, &[range], None) } {
+            Ok(()) => {
+                let start = memory as usize;
+                self.registered.push((start, start + length_bytes));
+            }
+            Err(error) => tracing::debug!("I/O memory is not registered: {error}"),
+        }
+    }
+
+    /// The number under which the kernel knows all of this memory.
+    pub fn registered_number(&self, memory: *mut u8, length_bytes: usize) -> Option<u16> {
+        let start = memory as usize;
+        self.registered
+            .iter()
+            .position(|(first, end)| start >= *first && start + length_bytes <= *end)
+            .map(|number| number as u16)
     }
 
     pub fn fd(&self) -> RawFd {

@@ -3,6 +3,7 @@
 
 use super::bdev::{BdevIo, IoError, IoResult, Ticket};
 use super::core::Core;
+use super::initiator::{QueueChange, QueueKey};
 
 /// The volumes of one core.
 #[derive(Default)]
@@ -29,6 +30,16 @@ pub fn complete(_core: &mut Core, _volume: u32, _token: u64, _status: IoResult, 
 /// Another core's message.
 pub fn message(_core: &mut Core, message: VolumeMessage) {
     match message {}
+}
+
+/// A queue pair that the volume opened came up or is gone; `link` is the volume's name for it.
+pub fn link_event(
+    _core: &mut Core,
+    _volume: u32,
+    _link: u64,
+    _queue: QueueKey,
+    _change: QueueChange,
+) {
 }
 
 /// Once a round of the loop; returns whether there was work.
