@@ -1,0 +1,419 @@
+//! Moves a request from stage to stage, as far as it goes now.
+
+use super::Channel;
+use crate::engine::MAX_PEERS;
+use crate::engine::message::ToManager;
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::state::{DiskState, Role};
+use crate::engine::request::{LOCAL_MASK, Origin, Request, RequestKind, Stage};
+use crate::host::{AppStatus, Host};
+
+/// Failed attempts after which a waiter reserves its range.
+const RESERVE_AFTER: u32 = 8;
+/// How long a resync read waits for its range before it is answered "not yet".
+const RESYNC_READ_WAIT_NS: u64 = 2_000_000;
+
+/// What became of a step.
+enum Step {
+    /// On to the stage that the request is in now.
+    Next,
+    /// The poller tries again.
+    Wait,
+    /// Legs are on their way, or the request is gone.
+    Leave,
+}
+
+impl<H: Host> Channel<H> {
+    pub(super) fn advance(&mut self, cx: &mut H, index: u16) {
+        loop {
+            let Some(request) = self.requests.get(index) else {
+                return;
+            };
+            let step = match request.stage {
+                Stage::Held => self.leave_held(cx, index),
+                Stage::Lock => self.take_lock(cx, index),
+                Stage::Log => self.enter_log(cx, index),
+                Stage::Send => self.send_legs(cx, index),
+                Stage::Flight => self.land(cx, index),
+                Stage::Settle => self.settle(cx, index),
+            };
+            match step {
+                Step::Next => {}
+                Step::Wait => return self.enqueue(index),
+                Step::Leave => return,
+            }
+        }
+    }
+
+    pub(super) fn enqueue(&mut self, index: u16) {
+        if let Some(request) = self.requests.get_mut(index)
+            && !request.queued
+        {
+            request.queued = true;
+            self.waiting.push_back(index);
+        }
+    }
+
+    pub(super) fn retry_waiting(&mut self, cx: &mut H) {
+        for _ in 0..self.waiting.len() {
+            let Some(index) = self.waiting.pop_front() else {
+                return;
+            };
+            if let Some(request) = self.requests.get_mut(index) {
+                request.queued = false;
+                self.advance(cx, index);
+            }
+        }
+    }
+
+    fn leave_held(&mut self, cx: &mut H, index: u16) -> Step {
+        if self.view.closing || self.view.role != Role::Primary {
+            return self.end(cx, index, AppStatus::Inaccessible);
+        }
+        if !self.view.permits_io() {
+            return Step::Wait;
+        }
+        if !self.view.has_data() {
+            return self.end(cx, index, AppStatus::Failed);
+        }
+        let Some(request) = self.requests.get(index) else {
+            return Step::Leave;
+        };
+        match request.kind {
+            RequestKind::Read => self.choose_source(cx, index),
+            RequestKind::Flush => self.assign_flush(index),
+            _ => self.enter(index, Stage::Lock),
+        }
+    }
+
+    fn enter(&mut self, index: u16, stage: Stage) -> Step {
+        if let Some(request) = self.requests.get_mut(index) {
+            request.stage = stage;
+        }
+        Step::Next
+    }
+
+    /// Where a read goes: here, unless the blocks are stale or were tried; else to a peer with the latest data.
+    fn choose_source(&mut self, cx: &mut H, index: u16) -> Step {
+        let Some(request) = self.requests.get_mut(index) else {
+            return Step::Leave;
+        };
+        let bits = self.shared.geometry.bits_of(request.lba, request.blocks);
+        let attached = self.view.disk_is_usable();
+        let current = self.view.disk == DiskState::UpToDate
+            || (self.view.disk == DiskState::Inconsistent
+                && matches!(request.origin, Origin::Application(_))
+                && self.view.read_source(0).is_some());
+        if attached && current && request.tried & LOCAL_MASK == 0 && !self.shared.stale.any(bits) {
+            request.unsent = LOCAL_MASK;
+        } else if let (Origin::Application(_), Some(slot)) =
+            (&request.origin, self.view.read_source(request.tried))
+        {
+            request.unsent = 1 << slot;
+            request.sessions[slot] = self.view.peers[slot].send_session;
+        } else {
+            return self.end(cx, index, AppStatus::Failed);
+        }
+        self.enter(index, Stage::Send)
+    }
+
+    fn assign_flush(&mut self, index: u16) -> Step {
+        let Some(request) = self.requests.get_mut(index) else {
+            return Step::Leave;
+        };
+        if self.view.disk_is_usable() {
+            request.unsent |= LOCAL_MASK;
+        }
+        if self.view.disk == DiskState::UpToDate {
+            request.latest |= LOCAL_MASK;
+        }
+        for (slot, peer) in self.view.peers.iter().enumerate() {
+            if peer.is_remote() {
+                request.unsent |= 1 << slot;
+                request.sessions[slot] = peer.send_session;
+                if peer.has_latest() {
+                    request.latest |= 1 << slot;
+                }
+            }
+        }
+        self.enter(index, Stage::Send)
+    }
+
+    fn take_lock(&mut self, cx: &mut H, index: u16) -> Step {
+        let Some(request) = self.requests.get_mut(index) else {
+            return Step::Leave;
+        };
+        let granules = self
+            .shared
+            .geometry
+            .granules_of(request.lba, request.blocks);
+        let lock = &self.shared.range_lock;
+        if request.lock_failures >= RESERVE_AFTER && !request.reserved {
+            request.reserved = lock.try_reserve(granules.clone());
+        }
+        let taken = if request.reserved {
+            lock.try_lock_reserved(granules)
+        } else {
+            lock.try_lock(granules)
+        };
+        if !taken {
+            request.lock_failures = request.lock_failures.saturating_add(1);
+            let waited = cx.now_ns().saturating_sub(request.started_ns);
+            if request.kind == RequestKind::ResyncRead && waited > RESYNC_READ_WAIT_NS {
+                return self.end_received(cx, index, PeerAnswer::NotYet);
+            }
+            return Step::Wait;
+        }
+        request.locked = true;
+        // With the lock the reservation has ended.
+        request.reserved = false;
+        if request.kind != RequestKind::ResyncRead {
+            return self.enter(index, Stage::Log);
+        }
+        let Origin::Peer { slot, .. } = request.origin else {
+            return Step::Leave;
+        };
+        // Before the read: a bit that is set from here on takes its entry back.
+        self.shared.served[slot].set_range(
+            self.shared
+                .geometry
+                .granules_of(request.lba, request.blocks),
+        );
+        request.unsent = LOCAL_MASK;
+        self.enter(index, Stage::Send)
+    }
+
+    fn enter_log(&mut self, cx: &mut H, index: u16) -> Step {
+        let Some(request) = self.requests.get_mut(index) else {
+            return Step::Leave;
+        };
+        if self.view.disk_is_usable() {
+            let extents = self.shared.geometry.extents_of(request.lba, request.blocks);
+            match self.log.enter(extents, request.logged) {
+                Ok(transaction) => request.logged = Some(transaction),
+                Err(joined) => {
+                    request.logged = joined;
+                    return Step::Wait;
+                }
+            }
+        }
+        self.assign(cx, index)
+    }
+
+    /// In one step, under one view: the sequence, and for each peer whether it gets the write, a notice, or a bit.
+    fn assign(&mut self, cx: &mut H, index: u16) -> Step {
+        let Some(request) = self.requests.get(index) else {
+            return Step::Leave;
+        };
+        let (lba, blocks) = (request.lba, request.blocks);
+        match request.origin {
+            Origin::Application(_) => {
+                // The volume may have stopped taking I/O while the request waited for its range or the log.
+                if self.view.closing || self.view.role != Role::Primary {
+                    return self.end(cx, index, AppStatus::Inaccessible);
+                }
+                if !self.view.permits_io() {
+                    self.release(index);
+                    return self.enter(index, Stage::Held);
+                }
+                if !self.view.has_data() {
+                    return self.end(cx, index, AppStatus::Failed);
+                }
+                self.assign_peers(index, lba, blocks);
+            }
+            Origin::Peer { slot, session, .. } => {
+                if session != self.view.peers[slot].recv_session {
+                    return self.end_received(cx, index, PeerAnswer::Fenced);
+                }
+                if !self.view.disk_is_usable() {
+                    self.miss(index, slot);
+                    return self.end_received(cx, index, PeerAnswer::DiskError);
+                }
+            }
+        }
+        if self.view.disk_is_usable()
+            && let Some(request) = self.requests.get_mut(index)
+        {
+            request.unsent |= LOCAL_MASK;
+            if self.view.disk == DiskState::UpToDate {
+                request.latest |= LOCAL_MASK;
+            }
+            self.shared.mark_overtaken(lba, blocks);
+        }
+        self.enter(index, Stage::Send)
+    }
+
+    fn assign_peers(&mut self, index: u16, lba: u64, blocks: u32) {
+        let sequence = self.shared.next_sequence();
+        if let Some(request) = self.requests.get_mut(index) {
+            request.sequence = sequence;
+        }
+        for slot in 0..MAX_PEERS {
+            let peer = self.view.peers[slot];
+            if !peer.configured {
+                continue;
+            }
+            debug_assert!(!(peer.is_remote() && peer.is_noticed()));
+            if peer.is_remote() {
+                if let Some(request) = self.requests.get_mut(index) {
+                    request.unsent |= 1 << slot;
+                    request.sessions[slot] = peer.send_session;
+                    if peer.has_latest() {
+                        request.latest |= 1 << slot;
+                    }
+                }
+            } else {
+                self.miss(index, slot);
+                if peer.is_noticed() {
+                    self.notices[slot].queued.push_back((lba, blocks));
+                }
+            }
+        }
+    }
+
+    /// Sets this request's bits for a peer that does not get it.
+    pub(super) fn miss(&mut self, index: u16, slot: usize) {
+        let Some(request) = self.requests.get_mut(index) else {
+            return;
+        };
+        if !request.kind.writes() || request.missed & (1 << slot) != 0 {
+            return;
+        }
+        request.missed |= 1 << slot;
+        let geometry = &self.shared.geometry;
+        self.shards[slot].set_range(geometry.bits_of(request.lba, request.blocks));
+        // What the peer was given for its resync before is no longer the newest.
+        self.shared.served[slot].clear_range(geometry.granules_of(request.lba, request.blocks));
+    }
+
+    fn send_legs(&mut self, cx: &mut H, index: u16) -> Step {
+        for leg in 0..=MAX_PEERS {
+            let unsent = self.requests.get(index).map_or(0, |request| request.unsent);
+            if unsent & (1 << leg) != 0 && !self.send_leg(cx, index, leg) {
+                return Step::Wait;
+            }
+        }
+        self.enter(index, Stage::Flight)
+    }
+
+    fn land(&mut self, cx: &mut H, index: u16) -> Step {
+        let Some(request) = self.requests.get(index) else {
+            return Step::Leave;
+        };
+        if request.unsent != 0 {
+            return self.enter(index, Stage::Send);
+        }
+        if request.pending != 0 {
+            return Step::Leave;
+        }
+        if request.kind == RequestKind::Read && request.done == 0 {
+            return match request.origin {
+                Origin::Application(_) => self.choose_source(cx, index),
+                Origin::Peer { .. } => self.end_received(cx, index, PeerAnswer::DiskError),
+            };
+        }
+        match request.origin {
+            Origin::Application(_) => self.enter(index, Stage::Settle),
+            Origin::Peer { slot, .. } if request.done & LOCAL_MASK == 0 => {
+                self.miss(index, slot);
+                self.end_received(cx, index, PeerAnswer::DiskError)
+            }
+            Origin::Peer { .. } => self.end_received(cx, index, PeerAnswer::Ok),
+        }
+    }
+
+    /// A write that a peer missed completes only when a durable generation says so.
+    fn settle(&mut self, cx: &mut H, index: u16) -> Step {
+        let Some(request) = self.requests.get(index) else {
+            return Step::Leave;
+        };
+        if request.kind == RequestKind::Read {
+            return self.end(cx, index, AppStatus::Ok);
+        }
+        if request.done & request.latest == 0 || self.view.closing {
+            return self.end(cx, index, AppStatus::Failed);
+        }
+        if request.local_failed && !self.view.own_disk_may_miss {
+            return Step::Wait;
+        }
+        let unsettled = (0..MAX_PEERS)
+            .filter(|&slot| request.missed & (1 << slot) != 0 && !self.view.peers[slot].may_miss)
+            .fold(0u8, |mask, slot| mask | 1 << slot);
+        if unsettled != 0 {
+            if unsettled & !self.requested.generation_for != 0 {
+                self.requested.generation_for |= unsettled;
+                cx.to_manager(ToManager::NeedGeneration(unsettled));
+            }
+            return Step::Wait;
+        }
+        self.end(cx, index, AppStatus::Ok)
+    }
+
+    /// Gives back what the request holds of the volume.
+    fn release(&mut self, index: u16) {
+        let Some(request) = self.requests.get_mut(index) else {
+            return;
+        };
+        let granules = self
+            .shared
+            .geometry
+            .granules_of(request.lba, request.blocks);
+        if std::mem::take(&mut request.locked) {
+            self.shared.range_lock.unlock(granules.clone());
+        }
+        if std::mem::take(&mut request.reserved) {
+            self.shared.range_lock.cancel_reservation(granules);
+        }
+        if request.logged.take().is_some() {
+            let extents = self.shared.geometry.extents_of(request.lba, request.blocks);
+            self.log.leave(extents);
+        }
+    }
+
+    fn take(&mut self, index: u16) -> Option<Request<H>> {
+        let request = self.requests.get(index)?;
+        if request.locked || request.reserved || request.logged.is_some() {
+            self.release(index);
+        }
+        self.requests.remove(index)
+    }
+
+    fn end(&mut self, cx: &mut H, index: u16, status: AppStatus) -> Step {
+        match self.requests.get(index).map(|request| &request.origin) {
+            Some(Origin::Peer { .. }) => {
+                return self.end_received(cx, index, PeerAnswer::DiskError);
+            }
+            Some(Origin::Application(_)) => {}
+            None => return Step::Leave,
+        }
+        if let Some(Request {
+            origin: Origin::Application(io),
+            ..
+        }) = self.take(index)
+        {
+            cx.finish(io, status);
+        }
+        Step::Leave
+    }
+
+    fn end_received(&mut self, cx: &mut H, index: u16, answer: PeerAnswer) -> Step {
+        if let Some(Request {
+            origin: Origin::Peer {
+                io, slot, sequence, ..
+            },
+            ..
+        }) = self.take(index)
+        {
+            if let Some(sequence) = sequence {
+                let window = &self.shared.duplicates[slot];
+                if answer == PeerAnswer::Ok {
+                    window.applied(sequence);
+                } else {
+                    window.abandon(sequence);
+                }
+            }
+            cx.answer(io, answer);
+        }
+        Step::Leave
+    }
+}

@@ -1,0 +1,176 @@
+//! The backing device: it is attached, fails, and is let go. What a crash left in the activity logs becomes bits
+//! before anything else is written.
+
+use super::Manager;
+use super::steps::{DiskStep, Then};
+use crate::engine::MAX_PEERS;
+use crate::engine::message::{DiskStart, Drain, ToChannel};
+use crate::engine::meta::superblock::PersistedDisk;
+use crate::engine::open::Opened;
+use crate::engine::peer::state::{DiskState, Role};
+use crate::engine::volume::EXTENT_BYTES;
+use crate::host::Host;
+
+/// How long a Primary that attaches a disk again waits for a peer before its I/O fails.
+const REATTACH_NS: u64 = 10_000_000_000;
+
+impl<H: Host> Manager<H> {
+    /// Starts using a device that has been opened. Channels get it when its metadata says that it is in use.
+    pub fn attach(&mut self, cx: &mut H, opened: Opened) {
+        let geometry = self.shared.geometry;
+        self.superblock = opened.superblock;
+        self.durable = self.superblock.generations.clone();
+        for (slot, index, page) in opened.pages {
+            self.masters[slot].adopt_page(index, page);
+        }
+        for &(slot, index) in &opened.damaged_pages {
+            let first = u64::from(index) * u64::from(crate::engine::bitmap::page::BITS_PER_PAGE);
+            let end = (first + u64::from(crate::engine::bitmap::page::BITS_PER_PAGE))
+                .min(geometry.bits());
+            self.masters[slot].or_range(first..end);
+        }
+        let crashed = self.superblock.flags.attached;
+        self.unclean = crashed && (!opened.active_extents.is_empty() || opened.log_damaged);
+        if crashed {
+            let per_extent = EXTENT_BYTES >> geometry.granularity_log2;
+            for slot in 0..MAX_PEERS {
+                if self.superblock.peers[slot].is_none() {
+                    continue;
+                }
+                for &extent in &opened.active_extents {
+                    let first = u64::from(extent) * per_extent;
+                    let end = (first + per_extent).min(geometry.bits());
+                    self.masters[slot].or_range(first..end);
+                }
+                if opened.log_damaged {
+                    self.masters[slot].set_all();
+                }
+            }
+        }
+        self.log_sequences = opened.log_numbers;
+        self.metadata.enabled = true;
+        self.view.disk = DiskState::Attaching;
+        self.view.own_disk_may_miss = false;
+        self.superblock.flags.attached = true;
+        self.superblock.flags.primary |= self.view.role == Role::Primary;
+        self.commit_pages(cx, Then::Nothing);
+        self.commit_superblock(cx, Then::Disk(DiskStep::AttachDurable));
+        self.run(cx);
+    }
+
+    /// Writes the disk state into the superblock, where it is one that outlives an attach.
+    pub(super) fn record_disk(&mut self) {
+        self.superblock.disk = match self.view.disk {
+            DiskState::UpToDate => PersistedDisk::UpToDate,
+            DiskState::Consistent => PersistedDisk::Consistent,
+            DiskState::Outdated => PersistedDisk::Outdated,
+            DiskState::Inconsistent => PersistedDisk::Inconsistent,
+            _ => self.superblock.disk,
+        };
+    }
+
+    fn persisted_disk(&self) -> DiskState {
+        match self.superblock.disk {
+            PersistedDisk::UpToDate => DiskState::UpToDate,
+            PersistedDisk::Consistent => DiskState::Consistent,
+            PersistedDisk::Outdated => DiskState::Outdated,
+            PersistedDisk::Inconsistent => DiskState::Inconsistent,
+        }
+    }
+
+    pub(super) fn disk_step(&mut self, cx: &mut H, step: DiskStep) {
+        match step {
+            DiskStep::AttachDurable => self.attach_durable(cx),
+            DiskStep::Attached => {
+                self.hello_changed(cx);
+                self.attached(cx);
+            }
+            DiskStep::FailedAdopted => {
+                self.drain(cx, Drain::EveryNotice, Then::Disk(DiskStep::FailedNoticed))
+            }
+            DiskStep::FailedNoticed => self.failed_noticed(cx),
+            DiskStep::FailedDrained => {
+                self.view.disk = DiskState::Diskless;
+                self.tell_all();
+                self.adopt(cx, Then::Disk(DiskStep::Released));
+            }
+            DiskStep::Released => self.when_quiet(Then::Disk(DiskStep::Quiet)),
+            DiskStep::Quiet => cx.disk_close(),
+            DiskStep::SyncedDurable(slot, epoch) => self.synced(cx, slot, epoch),
+        }
+    }
+
+    fn attach_durable(&mut self, cx: &mut H) {
+        if !self.metadata.enabled || self.view.disk != DiskState::Attaching {
+            return;
+        }
+        for &channel in &self.channels {
+            let start = DiskStart {
+                layout: self.superblock.layout.clone(),
+                volume: uuid::Uuid::from_bytes(self.superblock.volume_uuid),
+                al_extents: self.superblock.al_extents as usize,
+                al_number: self.log_sequences.get(channel).copied().unwrap_or(1),
+            };
+            cx.to_channel(channel, ToChannel::Disk(Box::new(start)));
+        }
+        self.view.disk = self.persisted_disk();
+        if self.view.role == Role::Primary && self.view.disk == DiskState::UpToDate {
+            // What the application has written meanwhile is elsewhere; it waits until this disk has been compared.
+            self.view.disk = DiskState::Consistent;
+            self.view.suspended = true;
+            self.reattach_until_ns = Some(cx.now_ns() + REATTACH_NS);
+        }
+        // Sessions that know this node without a disk have to be made anew: their decision was another.
+        for slot in 0..MAX_PEERS {
+            if self.peers[slot].established {
+                self.lose_session(cx, slot, "a disk was attached");
+                self.peers[slot].retry_at_ns = 0;
+            }
+        }
+        self.adopt(cx, Then::Disk(DiskStep::Attached));
+    }
+
+    /// A peer has been compared with, or none can be.
+    pub(super) fn end_reattach(&mut self, cx: &mut H) {
+        if self.reattach_until_ns.take().is_some() {
+            self.view.suspended = false;
+            self.adopt(cx, Then::Nothing);
+        }
+    }
+
+    /// The device failed an I/O, of whoever's.
+    pub(super) fn disk_failed(&mut self, cx: &mut H) {
+        if self.view.disk <= DiskState::Failed && self.view.disk != DiskState::Attaching {
+            return;
+        }
+        self.view.disk = DiskState::Failed;
+        self.disable_metadata();
+        if let Some(slot) = (0..MAX_PEERS).find(|&slot| self.view.peers[slot].conn.is_sync_target())
+        {
+            self.lose_session(cx, slot, "the disk failed");
+        }
+        self.tell_all();
+        self.adopt(cx, Then::Disk(DiskStep::FailedAdopted));
+    }
+
+    fn failed_noticed(&mut self, cx: &mut H) {
+        if self.view.role == Role::Primary && self.view.peers.iter().any(|peer| peer.has_latest()) {
+            let missing = (0..MAX_PEERS)
+                .filter(|&slot| {
+                    self.view.peers[slot].configured && !self.view.peers[slot].has_latest()
+                })
+                .fold(0u8, |mask, slot| mask | 1 << slot);
+            self.start_generation(cx, missing, true);
+        } else {
+            self.view.own_disk_may_miss = true;
+        }
+        self.drain(cx, Drain::Disk, Then::Disk(DiskStep::FailedDrained));
+    }
+
+    /// A generation is known everywhere: without a disk here, that includes what this node lacks.
+    pub(super) fn generation_settled(&mut self, _cx: &mut H) {
+        if self.view.disk <= DiskState::Failed && self.view.disk != DiskState::Attaching {
+            self.view.own_disk_may_miss = true;
+        }
+    }
+}

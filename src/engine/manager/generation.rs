@@ -1,0 +1,153 @@
+//! Starts a generation: before a Primary completes a write without a peer that had the latest data, a new current
+//! generation is durable here and on every remaining UpToDate peer.
+
+use super::Manager;
+use super::outbox::Call;
+use super::steps::Then;
+use crate::engine::MAX_PEERS;
+use crate::engine::meta::generation::from_random;
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::body::NewGenerationBody;
+use crate::engine::peer::command::PeerCommand;
+use crate::host::{Host, PeerSlot};
+
+#[derive(Default)]
+pub(super) struct Bump {
+    round: u64,
+    running: bool,
+    local_done: bool,
+    /// Peers that have not said that they have it.
+    waiting: u8,
+    /// Slots that were asked for meanwhile.
+    again: u8,
+}
+
+impl<H: Host> Manager<H> {
+    /// Writes wait to complete without the peers in `slots`.
+    pub(super) fn need_generation(&mut self, cx: &mut H, slots: u8) {
+        if self.generation.running {
+            self.generation.again |= slots;
+            return;
+        }
+        let missing = (0..MAX_PEERS)
+            .filter(|&slot| self.view.peers[slot].configured)
+            .filter(|&slot| slots & (1 << slot) != 0 || !self.view.peers[slot].has_latest())
+            .fold(0u8, |mask, slot| mask | 1 << slot);
+        self.start_generation(cx, missing, false);
+    }
+
+    /// `without_own_disk`: this node itself goes on without its disk.
+    pub(super) fn start_generation(&mut self, cx: &mut H, missing: u8, without_own_disk: bool) {
+        let needed = without_own_disk
+            || (0..MAX_PEERS).any(|slot| {
+                missing & (1 << slot) != 0 && self.superblock.generations.needs_bump(slot)
+            });
+        let old = self.superblock.generations.current;
+        if needed {
+            let new = loop {
+                let new = from_random(cx.random());
+                if new != old && !self.superblock.generations.history_contains(new) {
+                    break new;
+                }
+            };
+            self.superblock.generations.bump(new, missing);
+        }
+        self.generation.round += 1;
+        self.generation.running = true;
+        self.generation.local_done = false;
+        self.generation.waiting = 0;
+        let mut missing_nodes = if without_own_disk {
+            1 << self.superblock.node_id
+        } else {
+            0
+        };
+        for slot in 0..MAX_PEERS {
+            if let (true, Some(node)) = (missing & (1 << slot) != 0, self.peers[slot].node_id) {
+                missing_nodes |= 1u8 << node;
+            }
+        }
+        let body = NewGenerationBody {
+            new_current: self.superblock.generations.current,
+            previous_current: old,
+            missing_nodes,
+        };
+        for slot in 0..MAX_PEERS {
+            if needed && missing & (1 << slot) == 0 && self.view.peers[slot].has_latest() {
+                self.generation.waiting |= 1 << slot;
+                let sequence = self.peers[slot].outbox.next_sequence();
+                let command = PeerCommand::NewGeneration {
+                    session: self.peers[slot].session,
+                    sequence,
+                    len: NewGenerationBody::BYTES as u32,
+                };
+                self.call(
+                    slot,
+                    command,
+                    body.emit().to_vec(),
+                    Call::Generation(self.generation.round),
+                );
+            }
+        }
+        let round = self.generation.round;
+        self.commit_superblock(cx, Then::Generation(round));
+    }
+
+    pub(super) fn generation_durable(&mut self, cx: &mut H, round: u64) {
+        if self.generation.round == round {
+            self.generation.local_done = true;
+            if !self.metadata.enabled {
+                // Without a disk of our own the peers' word is what counts.
+                self.durable = self.superblock.generations.clone();
+            }
+            self.check_generation(cx);
+        }
+    }
+
+    pub(super) fn generation_taken(&mut self, cx: &mut H, slot: PeerSlot, round: u64) {
+        if self.generation.round == round {
+            self.generation.waiting &= !(1 << slot);
+            self.check_generation(cx);
+        }
+    }
+
+    /// The peer cannot answer any more. It has missed the generation, so the writes that wait ask again for it.
+    pub(super) fn generation_lost_peer(&mut self, cx: &mut H, slot: PeerSlot) {
+        if self.generation.waiting & (1 << slot) != 0 {
+            self.generation.waiting &= !(1 << slot);
+            self.check_generation(cx);
+        }
+    }
+
+    fn check_generation(&mut self, cx: &mut H) {
+        let bump = &mut self.generation;
+        if !bump.running || !bump.local_done || bump.waiting != 0 {
+            return;
+        }
+        bump.running = false;
+        let again = std::mem::take(&mut bump.again);
+        self.generation_settled(cx);
+        self.adopt(cx, Then::Nothing);
+        if again != 0 {
+            self.need_generation(cx, again);
+        }
+    }
+
+    /// A Primary starts a generation.
+    pub(super) fn received_generation(&mut self, cx: &mut H, body: &[u8], reply: usize) {
+        let Ok(body) = NewGenerationBody::parse(body) else {
+            return self.answer(cx, reply, PeerAnswer::Malformed);
+        };
+        let generations = &mut self.superblock.generations;
+        if body.new_current != generations.current {
+            let missing = (0..MAX_PEERS)
+                .filter(|&slot| {
+                    self.peers[slot]
+                        .node_id
+                        .is_some_and(|node| body.missing_nodes & (1 << node) != 0)
+                })
+                .fold(0u8, |mask, slot| mask | 1 << slot);
+            generations.bump(body.new_current, missing);
+        }
+        self.commit_superblock(cx, Then::Answer(reply, PeerAnswer::Ok));
+    }
+}

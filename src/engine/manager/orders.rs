@@ -1,0 +1,719 @@
+//! The operator's orders. Each ends with one outcome; one that waits for something has a deadline.
+
+use super::Manager;
+use super::outbox::Call;
+use super::steps::{OrderStep, Then};
+use crate::engine::MAX_PEERS;
+use crate::engine::message::{Drain, OrderError, OrderErrorKind, OrderId, OrderOutcome};
+use crate::engine::meta::generation::{Generations, JUST_CREATED, from_random};
+use crate::engine::meta::superblock;
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::body::{ChangeKind, PrepareBody};
+use crate::engine::peer::command::PeerCommand;
+use crate::engine::peer::state::{
+    ConnState, DiskState, PeerState, PromotePeer, PromoteRefusal, Role, can_promote,
+};
+use crate::host::{Host, PeerAddress, PeerSlot};
+
+/// How long an order waits for peers and for the end of a handshake.
+const ORDER_TIMEOUT_NS: u64 = 10_000_000_000;
+/// How long a peer is given to answer Goodbye.
+const GOODBYE_NS: u64 = 1_000_000_000;
+
+/// What the operator wants.
+#[derive(Clone, Debug)]
+pub enum Order {
+    /// Makes a slot for a peer, or gives the peer of a slot its address again; and connects.
+    AddPeer {
+        node_id: u8,
+        address: PeerAddress,
+        connect: bool,
+    },
+    RemovePeer {
+        node_id: u8,
+    },
+    Connect {
+        node_id: Option<u8>,
+        discard_my_data: bool,
+    },
+    Disconnect {
+        node_id: Option<u8>,
+    },
+    Promote {
+        force: bool,
+    },
+    Demote,
+    /// Lets the disk go, cleanly.
+    Detach,
+    /// Lets everything go: the volume is deleted or the node shuts down.
+    Close,
+    /// This replica's data is worthless: fetch all of it.
+    Invalidate,
+    PauseResync,
+    ResumeResync,
+}
+
+enum Work {
+    /// Attach has been started by the host.
+    Attach,
+    /// May it be Primary yet?
+    Promote { force: bool },
+    /// Peers in the mask have not agreed yet.
+    Promoting { force: bool, waiting: u8 },
+    /// Goodbye has been said to the peers in the mask; then this.
+    Parting { peers: u8, after: After },
+    /// Steps are under way that end by themselves.
+    Running,
+}
+
+#[derive(Clone, Copy)]
+enum After {
+    Done,
+    Remove(PeerSlot),
+    Detach,
+}
+
+pub(super) struct Running {
+    pub(super) id: OrderId,
+    deadline_ns: u64,
+    work: Work,
+}
+
+fn busy(text: impl Into<String>) -> OrderOutcome {
+    Err(OrderError::new(OrderErrorKind::Busy, text))
+}
+
+fn not_found(node_id: u8) -> OrderError {
+    OrderError::new(
+        OrderErrorKind::NotFound,
+        format!("there is no peer with node id {node_id}; bdev_repl_get_volumes lists them"),
+    )
+}
+
+impl<H: Host> Manager<H> {
+    /// Takes an order; its outcome comes by [`Host::ordered`].
+    pub fn order(&mut self, cx: &mut H, id: OrderId, order: Order) {
+        let outcome = match order {
+            Order::AddPeer {
+                node_id,
+                address,
+                connect,
+            } => self.add_peer(cx, id, node_id, address, connect),
+            Order::RemovePeer { node_id } => self.remove_peer(cx, id, node_id),
+            Order::Connect {
+                node_id,
+                discard_my_data,
+            } => Some(self.connect(node_id, discard_my_data)),
+            Order::Disconnect { node_id } => self.disconnect(cx, id, node_id),
+            Order::Promote { force } => {
+                self.start_order(cx, id, Work::Promote { force });
+                self.try_promote(cx, id, force)
+            }
+            Order::Demote => self.demote(cx, id),
+            Order::Detach => self.detach(cx, id),
+            Order::Close => self.close(cx, id),
+            Order::Invalidate => self.invalidate(cx, id),
+            Order::PauseResync => Some(self.pause(cx, true)),
+            Order::ResumeResync => Some(self.pause(cx, false)),
+        };
+        if let Some(outcome) = outcome {
+            self.order_ended(cx, id, outcome);
+        }
+        self.run(cx);
+    }
+
+    /// The host has started an attach; its outcome is this order's.
+    pub fn expect_attach(&mut self, cx: &mut H, id: OrderId) {
+        self.start_order(cx, id, Work::Attach);
+    }
+
+    pub(super) fn attached(&mut self, cx: &mut H) {
+        let ids: Vec<OrderId> = self
+            .orders
+            .iter()
+            .filter(|order| matches!(order.work, Work::Attach))
+            .map(|order| order.id)
+            .collect();
+        for id in ids {
+            self.order_ended(cx, id, Ok(()));
+        }
+    }
+
+    fn start_order(&mut self, cx: &H, id: OrderId, work: Work) {
+        self.orders.push(Running {
+            id,
+            deadline_ns: cx.now_ns() + ORDER_TIMEOUT_NS,
+            work,
+        });
+    }
+
+    fn slot_of(&self, node_id: u8) -> Option<PeerSlot> {
+        (0..MAX_PEERS).find(|&slot| self.peers[slot].node_id == Some(node_id))
+    }
+
+    fn slots_of(&self, node_id: Option<u8>) -> Result<Vec<PeerSlot>, OrderError> {
+        match node_id {
+            Some(node) => Ok(vec![self.slot_of(node).ok_or_else(|| not_found(node))?]),
+            None => Ok((0..MAX_PEERS)
+                .filter(|&slot| self.peers[slot].node_id.is_some())
+                .collect()),
+        }
+    }
+
+    fn add_peer(
+        &mut self,
+        cx: &mut H,
+        id: OrderId,
+        node_id: u8,
+        address: PeerAddress,
+        connect: bool,
+    ) -> Option<OrderOutcome> {
+        if node_id == self.superblock.node_id {
+            let text = format!("node id {node_id} is this node's own");
+            return Some(Err(OrderError::new(OrderErrorKind::Invalid, text)));
+        }
+        let known = self.slot_of(node_id);
+        if let Some(slot) = known {
+            let peer = &mut self.peers[slot];
+            if peer.address.is_some() {
+                let text = format!("a peer with node id {node_id} exists already");
+                return Some(Err(OrderError::new(OrderErrorKind::Exists, text)));
+            }
+            peer.address = Some(address);
+            peer.wanted = connect;
+            self.view.peers[slot].conn = if connect {
+                ConnState::Unconnected
+            } else {
+                ConnState::StandAlone
+            };
+            return Some(Ok(()));
+        }
+        let slots = usize::from(self.superblock.layout.peer_slots());
+        let Some(slot) = (0..slots).find(|&slot| self.superblock.peers[slot].is_none()) else {
+            let text = format!("all {slots} peer slots are taken; remove a peer first");
+            return Some(Err(OrderError::new(OrderErrorKind::Invalid, text)));
+        };
+        if !self.metadata.enabled {
+            return Some(busy(
+                "there is no disk to remember the peer on; attach one first",
+            ));
+        }
+        self.superblock.peers[slot] = Some(superblock::PeerSlot {
+            node_id,
+            disk_state: DiskState::DUnknown.as_u8(),
+            full_sync: false,
+        });
+        let generations = &mut self.superblock.generations;
+        generations.bitmap[slot] = 0;
+        // What was written before this slot existed has no bits in it. Without a peer that is known to start from the
+        // same data, an equal generation must not be taken for equal data.
+        if generations.current != JUST_CREATED && !self.superblock.flags.assume_clean {
+            let new = from_random(cx.random());
+            generations.bump(new, 0);
+        }
+        self.masters[slot].clear_all();
+        self.masters[slot].mark_all_dirty();
+        let peer = &mut self.peers[slot];
+        *peer = super::Peer::new(Some(node_id));
+        peer.address = Some(address);
+        peer.wanted = connect;
+        let view = &mut self.view.peers[slot];
+        *view = crate::engine::view::PeerView::NONE;
+        view.configured = true;
+        view.conn = if connect {
+            ConnState::Unconnected
+        } else {
+            ConnState::StandAlone
+        };
+        self.commit_pages(cx, Then::Nothing);
+        // Channels track the peer's bits from here on, before anybody is told that it is there.
+        self.adopt(cx, Then::Nothing);
+        self.commit_superblock(cx, Then::Order(id, Ok(())));
+        None
+    }
+
+    fn remove_peer(&mut self, cx: &mut H, id: OrderId, node_id: u8) -> Option<OrderOutcome> {
+        let Some(slot) = self.slot_of(node_id) else {
+            return Some(Err(not_found(node_id)));
+        };
+        self.part(cx, id, 1 << slot, After::Remove(slot))
+    }
+
+    fn forget_peer(&mut self, cx: &mut H, id: OrderId, slot: PeerSlot) {
+        self.superblock.peers[slot] = None;
+        self.superblock.generations.bitmap[slot] = 0;
+        self.masters[slot].clear_all();
+        self.peers[slot].node_id = None;
+        self.peers[slot].address = None;
+        self.view.peers[slot] = crate::engine::view::PeerView::NONE;
+        self.adopt(cx, Then::Nothing);
+        self.commit_superblock(cx, Then::Order(id, Ok(())));
+    }
+
+    fn connect(&mut self, node_id: Option<u8>, discard_my_data: bool) -> OrderOutcome {
+        for slot in self.slots_of(node_id)? {
+            let peer = &mut self.peers[slot];
+            if peer.address.is_none() {
+                return busy("the peer has no address; add it with one");
+            }
+            if !peer.established {
+                peer.discard_my_data = discard_my_data;
+                peer.retry_at_ns = 0;
+                if !peer.wanted {
+                    peer.wanted = true;
+                    self.view.peers[slot].conn = ConnState::Unconnected;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn disconnect(&mut self, cx: &mut H, id: OrderId, node_id: Option<u8>) -> Option<OrderOutcome> {
+        match self.slots_of(node_id) {
+            Ok(slots) => {
+                let mask = slots.iter().fold(0u8, |mask, slot| mask | 1 << slot);
+                self.part(cx, id, mask, After::Done)
+            }
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// Says Goodbye to these peers, and goes on when they have answered or a second has passed.
+    fn part(&mut self, cx: &mut H, id: OrderId, peers: u8, after: After) -> Option<OrderOutcome> {
+        for slot in 0..MAX_PEERS {
+            if peers & (1 << slot) == 0 {
+                continue;
+            }
+            self.peers[slot].wanted = false;
+            if self.peers[slot].established {
+                let command = PeerCommand::Goodbye {
+                    session: self.peers[slot].session,
+                    outdate: self.view.role == Role::Primary && !self.closing,
+                };
+                self.call(slot, command, Vec::new(), Call::Goodbye);
+            } else {
+                self.lose_session(cx, slot, "disconnected");
+            }
+        }
+        self.orders.push(Running {
+            id,
+            deadline_ns: cx.now_ns() + GOODBYE_NS,
+            work: Work::Parting { peers, after },
+        });
+        self.check_parting(cx);
+        None
+    }
+
+    fn check_parting(&mut self, cx: &mut H) {
+        let now = cx.now_ns();
+        for index in 0..self.orders.len() {
+            let Work::Parting { peers, after } = self.orders[index].work else {
+                continue;
+            };
+            let late = now >= self.orders[index].deadline_ns;
+            let left = (0..MAX_PEERS)
+                .filter(|&slot| peers & (1 << slot) != 0 && self.peers[slot].established)
+                .collect::<Vec<_>>();
+            if !left.is_empty() && !late {
+                continue;
+            }
+            let id = self.orders[index].id;
+            self.orders[index].work = Work::Running;
+            for slot in left {
+                self.lose_session(cx, slot, "disconnected");
+            }
+            match after {
+                After::Done => self.ready.push_back(Then::Order(id, Ok(()))),
+                After::Remove(slot) => self.forget_peer(cx, id, slot),
+                After::Detach => self.begin_detach(cx, id),
+            }
+        }
+    }
+
+    pub(super) fn poll_orders(&mut self, cx: &mut H) {
+        if self.orders.is_empty() {
+            return;
+        }
+        self.check_parting(cx);
+        let now = cx.now_ns();
+        let mut ended = Vec::new();
+        let mut retry = Vec::new();
+        for order in &self.orders {
+            match order.work {
+                Work::Promote { force } => retry.push((order.id, force)),
+                Work::Promoting { waiting, .. } if now >= order.deadline_ns => {
+                    let text = format!("the peers in slots {waiting:#b} did not answer; try again");
+                    ended.push((order.id, busy(text)));
+                }
+                _ => {}
+            }
+        }
+        for (id, force) in retry {
+            if let Some(outcome) = self.try_promote(cx, id, force) {
+                ended.push((id, outcome));
+            }
+        }
+        for (id, outcome) in ended {
+            self.abort_prepared(id);
+            self.order_ended(cx, id, outcome);
+        }
+    }
+
+    fn try_promote(&mut self, cx: &mut H, id: OrderId, force: bool) -> Option<OrderOutcome> {
+        if self.view.role == Role::Primary {
+            return Some(Ok(()));
+        }
+        if self.closing {
+            return Some(busy("the volume is being deleted"));
+        }
+        let peers: Vec<PromotePeer> = (0..MAX_PEERS)
+            .filter(|&slot| self.peers[slot].node_id.is_some())
+            .map(|slot| PromotePeer {
+                slot,
+                role: self.peers[slot].role,
+                state: PeerState::lowered(self.view.peers[slot].conn, self.view.peers[slot].pdsk)
+                    .unwrap_or(PeerState::STAND_ALONE),
+            })
+            .collect();
+        let refusal = can_promote(self.view.disk, peers, force).err();
+        let order = self.orders.iter_mut().find(|order| order.id == id)?;
+        let promoting = self.peers.iter().any(|peer| peer.promoting);
+        match refusal {
+            Some(
+                PromoteRefusal::HandshakeInProgress { .. }
+                | PromoteRefusal::DiskInTransition { .. },
+            ) if cx.now_ns() < order.deadline_ns => {
+                return None;
+            }
+            Some(refusal) => return Some(busy(refusal.to_string())),
+            None if promoting => return Some(busy("a peer is being promoted; demote it first")),
+            None => {}
+        }
+        let waiting = (0..MAX_PEERS)
+            .filter(|&slot| self.peers[slot].established)
+            .fold(0u8, |mask, slot| mask | 1 << slot);
+        order.work = Work::Promoting { force, waiting };
+        for slot in 0..MAX_PEERS {
+            if waiting & (1 << slot) != 0 {
+                let command = PeerCommand::Prepare {
+                    session: self.peers[slot].session,
+                    len: PrepareBody::BYTES as u32,
+                };
+                let body = self.prepare_body(id).emit().to_vec();
+                self.call(slot, command, body, Call::Prepare(id));
+            }
+        }
+        self.check_promoting(cx, id);
+        None
+    }
+
+    fn prepare_body(&self, id: OrderId) -> PrepareBody {
+        PrepareBody {
+            kind: ChangeKind::Promote,
+            initiator: self.superblock.node_id,
+            transaction: id,
+        }
+    }
+
+    /// A node that is being promoted itself gives way to the lower node id; a Primary refuses.
+    pub(super) fn received_prepare(
+        &mut self,
+        cx: &mut H,
+        slot: PeerSlot,
+        body: &[u8],
+        reply: usize,
+    ) {
+        let Ok(body) = PrepareBody::parse(body) else {
+            return self.answer(cx, reply, PeerAnswer::Malformed);
+        };
+        let own = self
+            .orders
+            .iter()
+            .any(|order| matches!(order.work, Work::Promoting { .. }));
+        let answer = if body.kind != ChangeKind::Promote {
+            PeerAnswer::Ok
+        } else if self.view.role == Role::Primary
+            || (own && self.superblock.node_id < body.initiator)
+        {
+            PeerAnswer::Refused(1)
+        } else {
+            self.peers[slot].promoting = true;
+            PeerAnswer::Ok
+        };
+        self.answer(cx, reply, answer);
+    }
+
+    pub(super) fn prepared(&mut self, cx: &mut H, slot: PeerSlot, id: OrderId, answer: PeerAnswer) {
+        let Some(order) = self.orders.iter_mut().find(|order| order.id == id) else {
+            return;
+        };
+        let Work::Promoting { waiting, .. } = &mut order.work else {
+            return;
+        };
+        *waiting &= !(1 << slot);
+        match answer {
+            PeerAnswer::Ok | PeerAnswer::Duplicate => self.check_promoting(cx, id),
+            _ => {
+                self.abort_prepared(id);
+                let text = format!(
+                    "the peer in slot {slot} is Primary, or is being promoted; demote it first"
+                );
+                self.order_ended(cx, id, busy(text));
+            }
+        }
+    }
+
+    fn abort_prepared(&mut self, id: OrderId) {
+        if !self
+            .orders
+            .iter()
+            .any(|order| order.id == id && matches!(order.work, Work::Promoting { .. }))
+        {
+            return;
+        }
+        for slot in 0..MAX_PEERS {
+            if self.peers[slot].established {
+                let command = PeerCommand::Abort {
+                    session: self.peers[slot].session,
+                    len: PrepareBody::BYTES as u32,
+                };
+                let body = self.prepare_body(id).emit().to_vec();
+                self.call(slot, command, body, Call::Abort);
+            }
+        }
+    }
+
+    pub(super) fn order_lost_peer(&mut self, cx: &mut H, slot: PeerSlot) {
+        let mut ids = Vec::new();
+        for order in &mut self.orders {
+            if let Work::Promoting { waiting, .. } = &mut order.work
+                && *waiting & (1 << slot) != 0
+            {
+                *waiting &= !(1 << slot);
+                ids.push(order.id);
+            }
+        }
+        for id in ids {
+            self.check_promoting(cx, id);
+        }
+    }
+
+    fn check_promoting(&mut self, cx: &mut H, id: OrderId) {
+        let Some(order) = self.orders.iter_mut().find(|order| order.id == id) else {
+            return;
+        };
+        let Work::Promoting { force, waiting: 0 } = order.work else {
+            return;
+        };
+        order.work = Work::Running;
+        if force
+            && self.view.disk != DiskState::UpToDate
+            && self.view.disk >= DiskState::Inconsistent
+        {
+            self.declare_up_to_date(cx);
+        }
+        self.superblock.flags.primary = true;
+        self.superblock.flags.assume_clean = false;
+        self.commit_superblock(cx, Then::OrderStep(id, OrderStep::PromoteDurable));
+    }
+
+    /// By force: this replica is the newest, whatever is elsewhere.
+    fn declare_up_to_date(&mut self, cx: &mut H) {
+        self.view.disk = DiskState::UpToDate;
+        self.record_disk();
+        let new = from_random(cx.random());
+        let generations = &mut self.superblock.generations;
+        if generations.current == JUST_CREATED {
+            *generations = Generations::new(new);
+        } else {
+            generations.bump(new, (1 << MAX_PEERS) - 1);
+        }
+        // Peers that are connected have decided on other data.
+        for slot in 0..MAX_PEERS {
+            if self.peers[slot].established {
+                self.lose_session(cx, slot, "this node was promoted by force");
+                self.peers[slot].retry_at_ns = 0;
+            }
+        }
+    }
+
+    fn demote(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
+        if self.view.role != Role::Primary {
+            return Some(Ok(()));
+        }
+        self.view.role = Role::Secondary;
+        self.start_order(cx, id, Work::Running);
+        self.adopt(cx, Then::OrderStep(id, OrderStep::DemoteAdopted));
+        None
+    }
+
+    fn detach(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
+        if !self.metadata.enabled {
+            return Some(busy(format!("the disk is {}", self.view.disk)));
+        }
+        let others = self.view.peers.iter().any(|peer| peer.has_latest());
+        if self.view.role == Role::Primary && !others {
+            return Some(busy(
+                "this node is Primary and no connected peer is UpToDate; demote it or connect a peer first",
+            ));
+        }
+        self.start_order(cx, id, Work::Running);
+        self.begin_detach(cx, id);
+        None
+    }
+
+    fn close(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
+        self.closing = true;
+        let peers = (0..MAX_PEERS)
+            .filter(|&slot| self.peers[slot].node_id.is_some())
+            .fold(0u8, |mask, slot| mask | 1 << slot);
+        self.part(cx, id, peers, After::Detach)
+    }
+
+    fn begin_detach(&mut self, cx: &mut H, id: OrderId) {
+        // Whatever this disk lacks from here on is recorded elsewhere: it is not that of a Primary that crashed.
+        self.superblock.flags.primary &= self.view.role != Role::Primary;
+        if self.closing {
+            self.view.closing = true;
+            self.view.role = Role::Secondary;
+        } else {
+            self.view.suspended = true;
+        }
+        self.adopt(cx, Then::OrderStep(id, OrderStep::DetachHeld));
+    }
+
+    fn invalidate(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
+        if self.view.role == Role::Primary {
+            return Some(busy("this node is Primary; demote it first"));
+        }
+        let source = self.view.read_source(0);
+        let (Some(slot), true) = (source, self.metadata.enabled) else {
+            return Some(busy(
+                "no connected peer is UpToDate, so there is nothing to fetch the data from",
+            ));
+        };
+        if let Some(peer) = &mut self.superblock.peers[slot] {
+            peer.full_sync = true;
+        }
+        self.view.disk = DiskState::Inconsistent;
+        self.record_disk();
+        self.start_order(cx, id, Work::Running);
+        self.commit_superblock(cx, Then::OrderStep(id, OrderStep::InvalidateDurable));
+        None
+    }
+
+    fn pause(&mut self, cx: &mut H, paused: bool) -> OrderOutcome {
+        self.puller.paused = paused;
+        for slot in 0..MAX_PEERS {
+            let view = &mut self.view.peers[slot];
+            view.conn = match (view.conn, paused) {
+                (ConnState::SyncTarget, true) => ConnState::PausedSyncT,
+                (ConnState::PausedSyncT, false) => ConnState::SyncTarget,
+                (conn, _) => conn,
+            };
+        }
+        self.adopt(cx, Then::Nothing);
+        self.tell_all();
+        Ok(())
+    }
+
+    pub(super) fn order_step(&mut self, cx: &mut H, id: OrderId, step: OrderStep) {
+        match step {
+            OrderStep::PromoteDurable => {
+                self.view.role = Role::Primary;
+                self.hello_changed(cx);
+                self.adopt(cx, Then::OrderStep(id, OrderStep::PromoteAdopted));
+            }
+            OrderStep::PromoteAdopted | OrderStep::DemoteDurable => {
+                self.tell_all();
+                self.order_ended(cx, id, Ok(()));
+            }
+            OrderStep::DemoteAdopted => {
+                self.hello_changed(cx);
+                self.drain(
+                    cx,
+                    Drain::Application,
+                    Then::OrderStep(id, OrderStep::DemoteDrained),
+                );
+            }
+            OrderStep::DemoteDrained => {
+                self.superblock.flags.primary = false;
+                self.commit_pages(cx, Then::Nothing);
+                self.commit_superblock(cx, Then::OrderStep(id, OrderStep::DemoteDurable));
+            }
+            OrderStep::DetachHeld => {
+                self.drain(
+                    cx,
+                    Drain::Application,
+                    Then::OrderStep(id, OrderStep::DetachQuiet),
+                );
+            }
+            OrderStep::DetachQuiet => self.detach_quiet(cx, id),
+            OrderStep::DetachOff => {
+                self.drain(
+                    cx,
+                    Drain::Disk,
+                    Then::OrderStep(id, OrderStep::DetachDrained),
+                );
+            }
+            OrderStep::DetachDrained => {
+                self.when_quiet(Then::OrderStep(id, OrderStep::DetachQuieted));
+            }
+            OrderStep::DetachQuieted => {
+                // What the channels still hold belongs on the disk before it goes.
+                self.harvest(cx, Then::OrderStep(id, OrderStep::DetachHarvested));
+            }
+            OrderStep::DetachHarvested => self.detach_write(cx, id),
+            OrderStep::DetachWritten => {
+                self.metadata.enabled = false;
+                self.view.disk = DiskState::Diskless;
+                self.view.suspended = false;
+                self.tell_all();
+                self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
+            }
+            OrderStep::DetachAdopted => {
+                cx.disk_close();
+                self.order_ended(cx, id, Ok(()));
+            }
+            OrderStep::InvalidateDurable => {
+                for slot in 0..MAX_PEERS {
+                    if self.peers[slot].established {
+                        self.lose_session(cx, slot, "this replica was invalidated");
+                        self.peers[slot].retry_at_ns = 0;
+                    }
+                }
+                self.order_ended(cx, id, Ok(()));
+            }
+        }
+    }
+
+    fn detach_quiet(&mut self, cx: &mut H, id: OrderId) {
+        if self.view.role == Role::Primary {
+            // The peers go on with the data: they have to know that this disk does not have it any more.
+            let missing = (0..MAX_PEERS)
+                .filter(|&slot| {
+                    self.view.peers[slot].configured && !self.view.peers[slot].has_latest()
+                })
+                .fold(0u8, |mask, slot| mask | 1 << slot);
+            self.start_generation(cx, missing, true);
+        }
+        let target = (0..MAX_PEERS).find(|&slot| self.view.peers[slot].conn.is_sync_target());
+        if let Some(slot) = target {
+            self.lose_session(cx, slot, "the disk is being detached");
+        }
+        self.view.disk = DiskState::Failed;
+        self.tell_all();
+        self.adopt(cx, Then::OrderStep(id, OrderStep::DetachOff));
+    }
+
+    fn detach_write(&mut self, cx: &mut H, id: OrderId) {
+        let step = Then::OrderStep(id, OrderStep::DetachWritten);
+        if self.metadata.enabled {
+            self.superblock.flags.attached = false;
+            self.commit_pages(cx, Then::Nothing);
+            self.commit_superblock(cx, step);
+        } else {
+            self.ready.push_back(step);
+        }
+    }
+}

@@ -1,0 +1,702 @@
+//! The target's side of a resync: it decides what to fetch and when. A piece is registered where every channel sees
+//! it, fetched, and written under the range lock, without the granules that a write has overtaken meanwhile. No write
+//! ever waits for the network here, only for a piece that is already on its way to the disk.
+
+use std::ops::Range as Blocks;
+
+use super::outbox::Call;
+use super::steps::{DiskStep, Then};
+use super::{Manager, ManagerIo};
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::body::{Range, RangesBody, SyncFinishBody};
+use crate::engine::peer::command::{FinishPhase, PeerCommand, Span};
+use crate::engine::peer::state::{ConnState, DiskState};
+use crate::engine::volume::{GRANULE_BYTES, MAX_TRANSFER_BYTES};
+use crate::host::{Data, DiskIo, DiskOp, Host, IoStatus, PeerRefusal, PeerSlot};
+
+/// Pieces under way at once.
+const PIECES: usize = 16;
+/// Bits that are fetched as one unit: no more bytes than this, or one bit.
+const UNIT_BYTES: u64 = 1 << 20;
+/// Units after which the target flushes and reports.
+const UNITS_PER_FLUSH: usize = 64;
+/// Between two attempts at a piece that the source could not serve.
+const RETRY_NS: u64 = 1_000_000;
+
+/// What a completion of the puller belongs to.
+pub(super) enum PullIo {
+    /// The source's answer for this piece.
+    Fetched(usize),
+    /// The local write of a part of this piece.
+    Written(usize),
+    Flushed,
+}
+
+struct Unit {
+    bits: Blocks<u64>,
+    pieces_left: u32,
+    /// Bits to be fetched again: a write has covered a part of them.
+    again: Vec<u64>,
+}
+
+enum Stage<H: Host> {
+    /// To be asked for, not before this time.
+    Ask(u64),
+    Fetching,
+    /// Its data is here (`None`: zeroes); the range is not.
+    Lock(Option<H::Buffer>),
+    /// Local writes in flight, and those that the host has not taken.
+    Write(u32, Vec<(DiskIo, Option<H::Buffer>)>),
+}
+
+struct Piece<H: Host> {
+    unit: usize,
+    lba: u64,
+    blocks: u32,
+    stage: Stage<H>,
+    /// Its session is over: what is in flight is waited for, nothing more is done.
+    dead: bool,
+}
+
+pub(super) struct Puller<H: Host> {
+    pub(super) paused: bool,
+    slot: Option<PeerSlot>,
+    units: Vec<Option<Unit>>,
+    pieces: Vec<Option<Piece<H>>>,
+    /// Where the sweep over the bitmap is.
+    cursor: u64,
+    /// Parts of the unit that is being cut into pieces: unit, next block, end block.
+    cutting: Option<(usize, u64, u64)>,
+    /// Bits on the disk, not yet flushed.
+    written: Vec<Blocks<u64>>,
+    flushing: Vec<Blocks<u64>>,
+    flush_in_flight: bool,
+    finishing: bool,
+    /// Bytes that the rate has allowed so far, since when.
+    rate_since_ns: u64,
+    rate_used_bytes: u64,
+    pub(super) fetched_bytes: u64,
+}
+
+impl<H: Host> Puller<H> {
+    pub(super) fn new() -> Self {
+        Self {
+            paused: false,
+            slot: None,
+            units: Vec::new(),
+            pieces: (0..PIECES).map(|_| None).collect(),
+            cursor: 0,
+            cutting: None,
+            written: Vec::new(),
+            flushing: Vec::new(),
+            flush_in_flight: false,
+            finishing: false,
+            rate_since_ns: 0,
+            rate_used_bytes: 0,
+            fetched_bytes: 0,
+        }
+    }
+
+    /// I/O on the local disk that has not come back.
+    pub(super) fn uses_disk(&self) -> bool {
+        self.flush_in_flight
+            || self
+                .pieces
+                .iter()
+                .flatten()
+                .any(|piece| matches!(piece.stage, Stage::Write(in_flight, _) if in_flight > 0))
+    }
+}
+
+impl<H: Host> Manager<H> {
+    pub(super) fn start_pull(&mut self, slot: PeerSlot) {
+        self.puller.slot = Some(slot);
+        self.puller.cursor = 0;
+        self.puller.finishing = false;
+        self.puller.rate_since_ns = 0;
+        self.puller.fetched_bytes = 0;
+    }
+
+    /// The session is over, or the disk: what is in flight only has to come back.
+    pub(super) fn stop_pull(&mut self, slot: PeerSlot) {
+        if self.puller.slot != Some(slot) {
+            return;
+        }
+        self.puller.slot = None;
+        self.puller.cutting = None;
+        self.puller.written.clear();
+        for index in 0..self.puller.pieces.len() {
+            let Some(piece) = &mut self.puller.pieces[index] else {
+                continue;
+            };
+            piece.dead = true;
+            match &mut piece.stage {
+                Stage::Ask(_) | Stage::Lock(_) => self.puller.pieces[index] = None,
+                Stage::Write(in_flight, unsent) => {
+                    unsent.clear();
+                    if *in_flight == 0 {
+                        self.piece_unlock(index);
+                        self.puller.pieces[index] = None;
+                    }
+                }
+                Stage::Fetching => {}
+            }
+        }
+        self.puller.units.clear();
+        self.shared.pulls.clear_all();
+    }
+
+    /// New bits: whatever is on its way for them does not count.
+    pub(super) fn puller_invalidate(&mut self, slot: PeerSlot) {
+        if self.puller.slot != Some(slot) {
+            return;
+        }
+        let master = &self.masters[slot];
+        // Everything that is under way has its bits set already, so nothing tells old bits from new ones: all of it is
+        // fetched again. This happens when the source finds more bits at the finish, and then nothing is under way.
+        debug_assert!(master.bits() > 0);
+        self.puller.written.clear();
+        self.puller.flushing.clear();
+        for unit in self.puller.units.iter_mut().flatten() {
+            unit.again = unit.bits.clone().collect();
+        }
+    }
+
+    pub(super) fn pull_again(&mut self, slot: PeerSlot) {
+        if self.puller.slot == Some(slot) {
+            self.puller.finishing = false;
+            self.puller.cursor = 0;
+        }
+    }
+
+    pub(super) fn poll_pull(&mut self, cx: &mut H) {
+        for index in 0..self.puller.pieces.len() {
+            self.advance_piece(cx, index);
+        }
+        let Some(slot) = self.puller.slot else {
+            return;
+        };
+        while !self.puller.paused && self.puller.slot.is_some() && self.rate_allows(cx) {
+            let Some(free) = self.puller.pieces.iter().position(Option::is_none) else {
+                break;
+            };
+            let Some(piece) = self.cut_piece(slot) else {
+                break;
+            };
+            self.puller.rate_used_bytes +=
+                u64::from(piece.blocks) * u64::from(self.shared.geometry.block_size);
+            self.puller.pieces[free] = Some(piece);
+            self.advance_piece(cx, free);
+        }
+        self.poll_flush(cx, slot);
+    }
+
+    fn rate_allows(&mut self, cx: &H) -> bool {
+        let rate = self.options.resync_rate_bytes;
+        if rate == 0 {
+            return true;
+        }
+        let now = cx.now_ns();
+        // In windows of a second, so that a pause is not made up for by a burst.
+        if now.saturating_sub(self.puller.rate_since_ns) > 1_000_000_000 {
+            self.puller.rate_since_ns = now;
+            self.puller.rate_used_bytes = 0;
+        }
+        let elapsed_ms = now.saturating_sub(self.puller.rate_since_ns) / 1_000_000 + 10;
+        self.puller.rate_used_bytes < rate.saturating_mul(elapsed_ms) / 1000
+    }
+
+    /// The next piece of the sweep: at most one transfer, within one unit.
+    fn cut_piece(&mut self, slot: PeerSlot) -> Option<Piece<H>> {
+        let geometry = self.shared.geometry;
+        if self.puller.cutting.is_none() {
+            if self.puller.written.len() + self.puller.flushing.len() >= 2 * UNITS_PER_FLUSH {
+                return None;
+            }
+            let max_bits = (UNIT_BYTES >> geometry.granularity_log2).max(1);
+            let run = self.masters[slot].next_run(self.puller.cursor, max_bits)?;
+            let run = self.widened(slot, run);
+            self.puller.cursor = run.end;
+            let blocks = geometry.blocks_of_bits(&run);
+            let transfer = MAX_TRANSFER_BYTES / u64::from(geometry.block_size);
+            let unit = Unit {
+                bits: run,
+                pieces_left: (blocks.end - blocks.start).div_ceil(transfer) as u32,
+                again: Vec::new(),
+            };
+            let index = match self.puller.units.iter().position(Option::is_none) {
+                Some(index) => {
+                    self.puller.units[index] = Some(unit);
+                    index
+                }
+                None => {
+                    self.puller.units.push(Some(unit));
+                    self.puller.units.len() - 1
+                }
+            };
+            self.puller.cutting = Some((index, blocks.start, blocks.end));
+        }
+        let (unit, next, end) = self.puller.cutting?;
+        let transfer = MAX_TRANSFER_BYTES / u64::from(geometry.block_size);
+        let blocks = (end - next).min(transfer);
+        self.puller.cutting = (next + blocks < end).then_some((unit, next + blocks, end));
+        Some(Piece {
+            unit,
+            lba: next,
+            blocks: blocks as u32,
+            stage: Stage::Ask(0),
+            dead: false,
+        })
+    }
+
+    /// With a source of coarser granularity: whole bits of the source, or it could never clear them.
+    fn widened(&self, slot: PeerSlot, run: Blocks<u64>) -> Blocks<u64> {
+        let ours = self.shared.geometry.granularity_log2;
+        let theirs = self.peers[slot]
+            .their_hello
+            .map_or(ours, |hello| hello.granularity_log2);
+        let Some(shift) = theirs.checked_sub(ours) else {
+            return run;
+        };
+        let start = run.start >> shift << shift;
+        let end = (run.end.div_ceil(1 << shift) << shift).min(self.shared.geometry.bits());
+        start..end
+    }
+
+    fn advance_piece(&mut self, cx: &mut H, index: usize) {
+        let Some(piece) = &mut self.puller.pieces[index] else {
+            return;
+        };
+        match &mut piece.stage {
+            Stage::Ask(not_before_ns) => {
+                if cx.now_ns() >= *not_before_ns {
+                    self.ask_for_piece(cx, index);
+                }
+            }
+            Stage::Fetching => {}
+            Stage::Lock(_) => self.lock_piece(cx, index),
+            Stage::Write(..) => self.write_piece(cx, index),
+        }
+    }
+
+    fn ask_for_piece(&mut self, cx: &mut H, index: usize) {
+        let (Some(slot), Some(piece)) = (self.puller.slot, &mut self.puller.pieces[index]) else {
+            return;
+        };
+        let geometry = self.shared.geometry;
+        let granules = geometry.granules_of(piece.lba, piece.blocks);
+        // Register first: a write that takes its range from here on sees it and leaves a mark.
+        if !self.shared.pulls.any(granules.clone()) {
+            self.shared.touched.clear_range(granules.clone());
+            self.shared.partial.clear_range(granules.clone());
+        }
+        self.shared.pulls.set_range(granules.clone());
+        // One that has its range already may be on its way to the source still, and the source's data without it.
+        let overlapped = self.shared.range_lock.is_locked(granules.clone());
+        let len = piece.blocks as usize * geometry.block_size as usize;
+        let buffer = if overlapped {
+            None
+        } else {
+            cx.buffer(len.next_multiple_of(4096))
+        };
+        let (Some(buffer), Some(span)) = (buffer, Span::new(piece.lba, piece.blocks)) else {
+            self.shared.pulls.clear_range(granules);
+            piece.stage = Stage::Ask(cx.now_ns() + RETRY_NS / 4);
+            return;
+        };
+        piece.stage = Stage::Fetching;
+        let command = PeerCommand::ResyncRead {
+            session: self.peers[slot].session,
+            span,
+            must_include: 0,
+            tag: 0,
+        };
+        let token = self.token(ManagerIo::Pull(PullIo::Fetched(index)));
+        match cx.peer(slot, token, &command, Data::Buffer(buffer), len) {
+            Ok(()) => {}
+            Err(refusal) => {
+                self.take_io(token);
+                self.shared.pulls.clear_range(granules);
+                if let Some(piece) = &mut self.puller.pieces[index] {
+                    piece.stage = Stage::Ask(cx.now_ns() + RETRY_NS);
+                }
+                if let PeerRefusal::Down(_) = refusal {
+                    self.lose_session(cx, slot, "the link is down");
+                }
+            }
+        }
+    }
+
+    pub(super) fn pull_done(
+        &mut self,
+        cx: &mut H,
+        io: PullIo,
+        status: IoStatus,
+        answer: PeerAnswer,
+        buffer: Option<H::Buffer>,
+    ) {
+        match io {
+            PullIo::Fetched(index) => self.piece_fetched(cx, index, status, answer, buffer),
+            PullIo::Written(index) => self.piece_written(cx, index, status),
+            PullIo::Flushed => self.flushed(cx, status),
+        }
+    }
+
+    fn piece_fetched(
+        &mut self,
+        cx: &mut H,
+        index: usize,
+        status: IoStatus,
+        answer: PeerAnswer,
+        buffer: Option<H::Buffer>,
+    ) {
+        let Some(piece) = &mut self.puller.pieces[index] else {
+            return;
+        };
+        let (true, Some(slot)) = (!piece.dead, self.puller.slot) else {
+            self.puller.pieces[index] = None;
+            return;
+        };
+        let granules = self.shared.geometry.granules_of(piece.lba, piece.blocks);
+        match (status, answer) {
+            (IoStatus::Ok, PeerAnswer::Ok) => {
+                self.puller.fetched_bytes +=
+                    u64::from(piece.blocks) * u64::from(self.shared.geometry.block_size);
+                piece.stage = Stage::Lock(buffer);
+                self.advance_piece(cx, index);
+            }
+            (IoStatus::Ok, PeerAnswer::Zeroes) => {
+                piece.stage = Stage::Lock(None);
+                self.advance_piece(cx, index);
+            }
+            (IoStatus::Ok, PeerAnswer::NotYet | PeerAnswer::Busy) => {
+                self.shared.pulls.clear_range(granules);
+                piece.stage = Stage::Ask(cx.now_ns() + RETRY_NS);
+            }
+            _ => self.lose_session(cx, slot, "a resync read was not answered"),
+        }
+    }
+
+    /// Under the range lock no write can come in between: what has no mark now is older than what was fetched.
+    fn lock_piece(&mut self, cx: &mut H, index: usize) {
+        let geometry = self.shared.geometry;
+        let Some(piece) = &mut self.puller.pieces[index] else {
+            return;
+        };
+        let granules = geometry.granules_of(piece.lba, piece.blocks);
+        if !self.shared.range_lock.try_lock(granules.clone()) {
+            return;
+        }
+        let Stage::Lock(buffer) = std::mem::replace(&mut piece.stage, Stage::Write(0, Vec::new()))
+        else {
+            return;
+        };
+        let bytes = geometry.bytes_of(piece.lba, piece.blocks);
+        let disk_io = |start: u64, end: u64, has_data: bool| DiskIo {
+            op: if has_data {
+                DiskOp::Write { fua: false }
+            } else {
+                DiskOp::WriteZeroes { fua: false }
+            },
+            offset: geometry.data_offset + start,
+            len: end - start,
+        };
+        let mut writes = Vec::new();
+        if !self.shared.touched.any(granules.clone()) {
+            writes.push((disk_io(bytes.start, bytes.end, buffer.is_some()), buffer));
+        } else {
+            let unit = piece.unit;
+            let mut granule = granules.start;
+            while granule < granules.end {
+                if self.shared.touched.test(granule) {
+                    if self.shared.partial.test(granule)
+                        && let Some(Some(unit)) = self.puller.units.get_mut(unit)
+                    {
+                        unit.again
+                            .push((granule * GRANULE_BYTES) >> geometry.granularity_log2);
+                    }
+                    granule += 1;
+                    continue;
+                }
+                let first = granule;
+                while granule < granules.end && !self.shared.touched.test(granule) {
+                    granule += 1;
+                }
+                let start = (first * GRANULE_BYTES).max(bytes.start);
+                let end = (granule * GRANULE_BYTES).min(bytes.end);
+                let part = match &buffer {
+                    None => None,
+                    Some(whole) => {
+                        let len = (end - start) as usize;
+                        let Some(mut part) = cx.buffer(len.next_multiple_of(4096)) else {
+                            // No memory for the parts now: fetch these again later.
+                            if let Some(Some(unit)) = self.puller.units.get_mut(unit) {
+                                let shift = geometry.granularity_log2;
+                                unit.again.extend(start >> shift..end.div_ceil(1 << shift));
+                            }
+                            continue;
+                        };
+                        let from = (start - bytes.start) as usize;
+                        part.as_mut()[..len].copy_from_slice(&whole.as_ref()[from..from + len]);
+                        Some(part)
+                    }
+                };
+                writes.push((disk_io(start, end, part.is_some()), part));
+            }
+        }
+        piece.stage = Stage::Write(0, writes);
+        self.write_piece(cx, index);
+    }
+
+    fn write_piece(&mut self, cx: &mut H, index: usize) {
+        loop {
+            let Some(piece) = &mut self.puller.pieces[index] else {
+                return;
+            };
+            let Stage::Write(in_flight, unsent) = &mut piece.stage else {
+                return;
+            };
+            let Some((io, buffer)) = unsent.pop() else {
+                if *in_flight == 0 {
+                    self.piece_ended(index);
+                }
+                return;
+            };
+            let had_buffer = buffer.is_some();
+            let token = self.token(ManagerIo::Pull(PullIo::Written(index)));
+            let outcome = cx.disk(token, io, buffer.map_or(Data::None, Data::Buffer));
+            let back = match outcome {
+                Ok(()) => None,
+                Err(data) => {
+                    self.take_io(token);
+                    Some(data)
+                }
+            };
+            if let Some(Piece {
+                stage: Stage::Write(in_flight, unsent),
+                ..
+            }) = &mut self.puller.pieces[index]
+            {
+                match back {
+                    None => *in_flight += 1,
+                    Some(data) => {
+                        let buffer = match data {
+                            Data::Buffer(buffer) => Some(buffer),
+                            _ => None,
+                        };
+                        debug_assert_eq!(had_buffer, buffer.is_some());
+                        unsent.push((io, buffer));
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn piece_written(&mut self, cx: &mut H, index: usize, status: IoStatus) {
+        let Some(piece) = &mut self.puller.pieces[index] else {
+            return;
+        };
+        if let Stage::Write(in_flight, unsent) = &mut piece.stage {
+            *in_flight -= 1;
+            if status != IoStatus::Ok {
+                unsent.clear();
+                piece.dead = true;
+            }
+        }
+        if status != IoStatus::Ok {
+            self.disk_failed(cx);
+        }
+        let Some(piece) = &self.puller.pieces[index] else {
+            return;
+        };
+        match &piece.stage {
+            Stage::Write(0, unsent) if unsent.is_empty() && piece.dead => {
+                self.piece_unlock(index);
+                self.puller.pieces[index] = None;
+            }
+            _ => self.write_piece(cx, index),
+        }
+    }
+
+    fn piece_unlock(&self, index: usize) {
+        if let Some(piece) = &self.puller.pieces[index] {
+            let granules = self.shared.geometry.granules_of(piece.lba, piece.blocks);
+            self.shared.range_lock.unlock(granules);
+        }
+    }
+
+    fn piece_ended(&mut self, index: usize) {
+        self.piece_unlock(index);
+        let Some(piece) = self.puller.pieces[index].take() else {
+            return;
+        };
+        let Some(Some(unit)) = self.puller.units.get_mut(piece.unit) else {
+            return;
+        };
+        unit.pieces_left -= 1;
+        if unit.pieces_left > 0 {
+            return;
+        }
+        let Some(Some(mut unit)) = self.puller.units.get_mut(piece.unit).map(Option::take) else {
+            return;
+        };
+        let blocks = self.shared.geometry.blocks_of_bits(&unit.bits);
+        let granules = self
+            .shared
+            .geometry
+            .granules_of(blocks.start, (blocks.end - blocks.start) as u32);
+        self.shared.pulls.clear_range(granules);
+        // What has to come again keeps its bit and waits for the next sweep.
+        unit.again.sort_unstable();
+        unit.again.dedup();
+        let mut start = unit.bits.start;
+        for &bit in &unit.again {
+            if start < bit {
+                self.puller.written.push(start..bit);
+            }
+            start = bit + 1;
+        }
+        if start < unit.bits.end {
+            self.puller.written.push(start..unit.bits.end);
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut H, slot: PeerSlot) {
+        if self.puller.slot != Some(slot) || self.puller.flush_in_flight || self.puller.finishing {
+            return;
+        }
+        let swept = self.puller.cutting.is_none()
+            && self.puller.pieces.iter().all(Option::is_none)
+            && self.masters[slot].next_run(self.puller.cursor, 1).is_none();
+        if self.puller.written.len() >= UNITS_PER_FLUSH
+            || (swept && !self.puller.written.is_empty())
+        {
+            let token = self.token(ManagerIo::Pull(PullIo::Flushed));
+            let io = DiskIo {
+                op: DiskOp::Flush,
+                offset: 0,
+                len: 0,
+            };
+            if cx.disk(token, io, Data::None).is_ok() {
+                self.puller.flush_in_flight = true;
+                self.puller.flushing = std::mem::take(&mut self.puller.written);
+            } else {
+                self.take_io(token);
+            }
+        } else if swept && self.masters[slot].is_empty() {
+            self.puller.finishing = true;
+            self.ask_finish(slot, Call::FinishAsk);
+        } else if swept {
+            self.puller.cursor = 0;
+        }
+    }
+
+    /// The data is durable: the bits can go, here and at the source.
+    fn flushed(&mut self, cx: &mut H, status: IoStatus) {
+        self.puller.flush_in_flight = false;
+        let bits = std::mem::take(&mut self.puller.flushing);
+        if status != IoStatus::Ok {
+            return self.disk_failed(cx);
+        }
+        let Some(slot) = self.puller.slot else {
+            return;
+        };
+        let geometry = self.shared.geometry;
+        let mut ranges = Vec::with_capacity(bits.len());
+        for run in bits {
+            let blocks = geometry.blocks_of_bits(&run);
+            self.masters[slot].clear_range(run.clone());
+            self.shared.stale.clear_range(run);
+            if let Some(span) = Span::new(blocks.start, (blocks.end - blocks.start) as u32) {
+                ranges.push(Range {
+                    span,
+                    tag: 0,
+                    sequence: 0,
+                });
+            }
+        }
+        let mut rest = &ranges[..];
+        while !rest.is_empty() {
+            let mut body = vec![0; RangesBody::bytes_for(rest.len().min(RangesBody::MAX_RANGES))];
+            let (count, len) = RangesBody::emit(rest, &mut body);
+            if count == 0 {
+                return;
+            }
+            body.truncate(len);
+            rest = &rest[count..];
+            let sequence = self.peers[slot].outbox.next_sequence();
+            let command = PeerCommand::ResyncDone {
+                session: self.peers[slot].session,
+                sequence,
+                len: len as u32,
+            };
+            self.call(slot, command, body, Call::ResyncDone);
+        }
+    }
+
+    pub(super) fn ask_finish(&mut self, slot: PeerSlot, call: Call) {
+        let phase = match call {
+            Call::FinishDurable => FinishPhase::Durable,
+            _ => FinishPhase::Ask,
+        };
+        let body = SyncFinishBody {
+            generation: self.peers[slot].current_generation,
+            bits_set: self.masters[slot].count(),
+            blocks_fetched: self.puller.fetched_bytes / u64::from(self.shared.geometry.block_size),
+        };
+        let sequence = self.peers[slot].outbox.next_sequence();
+        let command = PeerCommand::SyncFinish {
+            session: self.peers[slot].session,
+            sequence,
+            phase,
+            len: SyncFinishBody::BYTES as u32,
+        };
+        self.call(slot, command, body.emit().to_vec(), call);
+    }
+
+    /// The source has no bit left either: this node is UpToDate with the source's generation, durably first.
+    pub(super) fn finish_agreed(&mut self, cx: &mut H, slot: PeerSlot) {
+        let Some(theirs) = self.peers[slot].their_hello else {
+            return;
+        };
+        if !self.masters[slot].is_empty() {
+            return self.pull_again(slot);
+        }
+        let mut source =
+            crate::engine::meta::generation::Generations::new(self.peers[slot].current_generation);
+        source.history = theirs.history;
+        self.superblock
+            .generations
+            .finish_sync_as_target(&source, slot);
+        self.superblock.disk = crate::engine::meta::superblock::PersistedDisk::UpToDate;
+        self.settle_crash(slot);
+        let epoch = self.peers[slot].epoch;
+        self.commit_pages(cx, Then::Nothing);
+        self.commit_superblock(cx, Then::Disk(DiskStep::SyncedDurable(slot, epoch)));
+    }
+
+    /// Whether or not the source is still there, this disk has everything.
+    pub(super) fn synced(&mut self, cx: &mut H, slot: PeerSlot, epoch: u64) {
+        if !self.metadata.enabled {
+            return;
+        }
+        self.view.disk = DiskState::UpToDate;
+        self.shared.stale.clear_all();
+        self.adopt(cx, Then::Nothing);
+        if self.peers[slot].epoch == epoch {
+            self.ask_finish(slot, Call::FinishDurable);
+        } else {
+            self.hello_changed(cx);
+        }
+    }
+
+    pub(super) fn finish_ended(&mut self, cx: &mut H, slot: PeerSlot) {
+        self.puller.slot = None;
+        self.peers[slot].exchange = None;
+        self.view.peers[slot].conn = ConnState::Connected;
+        self.view.peers[slot].pdsk = DiskState::UpToDate;
+        self.adopt(cx, Then::Nothing);
+        self.tell_all();
+    }
+}

@@ -1,0 +1,710 @@
+//! Sessions: from a closed link to Connected, and back. Both nodes put their Hello, compute the same decision, have
+//! all channels accept the session's commands, confirm, and enter the decided state. Whoever loses one direction gives
+//! the session up on all channels before anything else changes.
+
+use super::Manager;
+use super::outbox::Call;
+use super::peer::{Asked, Exchange, Link};
+use super::steps::{FenceStep, SessionStep, Then};
+use crate::engine::MAX_PEERS;
+use crate::engine::message::Drain;
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::body::StateBody;
+use crate::engine::peer::command::PeerCommand;
+use crate::engine::peer::handshake::{Outcome, decide};
+use crate::engine::peer::hello::{Hello, PROTOCOL_VERSIONS, feature, negotiate, session_id};
+use crate::engine::peer::state::{ConnState, DiskState, PeerState, Role};
+use crate::engine::volume::MAX_TRANSFER_BYTES;
+use crate::host::{Host, PeerSlot};
+
+/// Between two attempts at a question that was answered "not yet".
+const ASK_AGAIN_NS: u64 = 10_000_000;
+/// How long a handshake may take before the link is reset.
+const HANDSHAKE_TIMEOUT_NS: u64 = 10_000_000_000;
+/// Received commands that a peer may have outstanding on a queue pair.
+const CREDITS: u16 = 64;
+
+impl<H: Host> Manager<H> {
+    /// All queue pairs to the peer are up.
+    pub fn link_up(&mut self, cx: &mut H, slot: PeerSlot) {
+        if self.peers[slot].link != Link::Opening {
+            return;
+        }
+        self.peers[slot].link = Link::Open;
+        self.view.peers[slot].conn = ConnState::WFReportParams;
+        self.peers[slot].heard_ns = cx.now_ns();
+        self.say_hello(cx, slot);
+        self.run(cx);
+    }
+
+    /// The queue pairs to the peer are gone, and nothing is outstanding on them.
+    pub fn link_down(&mut self, cx: &mut H, slot: PeerSlot, reason: &str) {
+        let was = std::mem::replace(&mut self.peers[slot].link, Link::Closed);
+        self.peers[slot].retry_at_ns = cx.now_ns() + self.options.connect_interval_ms * 1_000_000;
+        match was {
+            Link::Open => {
+                self.lose_session(cx, slot, reason);
+                self.peers[slot].link = Link::Closed;
+            }
+            Link::Opening => {
+                self.peers[slot].last_error = Some(reason.to_owned());
+                self.view.peers[slot].conn = self.unconnected(slot);
+            }
+            Link::Closing | Link::Closed => {}
+        }
+        self.run(cx);
+    }
+
+    fn unconnected(&self, slot: PeerSlot) -> ConnState {
+        if self.peers[slot].wanted {
+            ConnState::Unconnected
+        } else {
+            ConnState::StandAlone
+        }
+    }
+
+    pub(super) fn poll_session(&mut self, cx: &mut H, slot: PeerSlot) {
+        let now = cx.now_ns();
+        let peer = &mut self.peers[slot];
+        match peer.link {
+            Link::Closed => {
+                if peer.wanted && !peer.draining && now >= peer.retry_at_ns && !self.closing {
+                    if let Some(address) = peer.address.clone() {
+                        peer.link = Link::Opening;
+                        self.view.peers[slot].conn = ConnState::Connecting;
+                        cx.link_open(slot, &address);
+                    }
+                }
+            }
+            Link::Open if peer.established => {
+                self.poll_ping(cx, slot);
+                self.poll_again(cx, slot);
+            }
+            Link::Open => {
+                if now.saturating_sub(peer.heard_ns) > HANDSHAKE_TIMEOUT_NS {
+                    self.lose_session(cx, slot, "the handshake took too long");
+                } else if now >= peer.next_try_ns {
+                    if matches!(peer.hello, Asked::No | Asked::Again) {
+                        self.say_hello(cx, slot);
+                    } else {
+                        self.try_confirm(cx, slot);
+                    }
+                }
+            }
+            Link::Opening | Link::Closing => {}
+        }
+    }
+
+    fn poll_ping(&mut self, cx: &mut H, slot: PeerSlot) {
+        let now = cx.now_ns();
+        let timeout_ns = self.options.ping_timeout_ms * 1_000_000;
+        let interval_ns = self.options.ping_interval_ms * 1_000_000;
+        let peer = &mut self.peers[slot];
+        let unanswered = peer.ping_in_flight && now.saturating_sub(peer.ping_sent_ns) > timeout_ns;
+        let silent = now.saturating_sub(peer.heard_ns) > timeout_ns + interval_ns;
+        if unanswered || silent {
+            let what = if unanswered {
+                "a ping was not answered"
+            } else {
+                "the peer does not ping"
+            };
+            return self.lose_session(cx, slot, what);
+        }
+        if !peer.ping_in_flight && now.saturating_sub(peer.ping_sent_ns) >= interval_ns {
+            peer.ping_in_flight = true;
+            peer.ping_sent_ns = now;
+            let session = peer.session;
+            self.call(slot, PeerCommand::Ping { session }, Vec::new(), Call::Ping);
+        }
+    }
+
+    /// Gives up whatever there is with the peer, and resets the link. First the channels, then everything else.
+    pub(super) fn lose_session(&mut self, cx: &mut H, slot: PeerSlot, reason: &str) {
+        let was_established = self.peers[slot].established;
+        let had_session = self.peers[slot].session != 0;
+        self.forget_session(cx, slot);
+        if was_established || self.peers[slot].last_error.is_none() {
+            self.peers[slot].last_error = Some(reason.to_owned());
+        }
+        self.view.peers[slot].conn = self.unconnected(slot);
+        if matches!(self.peers[slot].link, Link::Open | Link::Opening) {
+            self.peers[slot].link = Link::Closing;
+            cx.link_close(slot);
+        }
+        if had_session {
+            self.fence(cx, slot);
+        } else {
+            self.adopt(cx, Then::Nothing);
+        }
+    }
+
+    /// A session that is over is over: nothing of it is continued.
+    fn forget_session(&mut self, cx: &mut H, slot: PeerSlot) {
+        let peer = &mut self.peers[slot];
+        peer.epoch += 1;
+        peer.session = 0;
+        peer.receivable = false;
+        peer.established = false;
+        peer.hello = Asked::No;
+        peer.confirm = Asked::No;
+        peer.confirmed_theirs = false;
+        peer.my_hello = None;
+        peer.their_hello = None;
+        peer.decision = None;
+        peer.exchange = None;
+        peer.promoting = false;
+        peer.paused_by_peer = false;
+        peer.ping_in_flight = false;
+        peer.state_revision = 0;
+        peer.role = Role::Unknown;
+        peer.outbox.clear();
+        peer.again = None;
+        peer.early_state = None;
+        let view = &mut self.view.peers[slot];
+        view.pdsk = DiskState::DUnknown;
+        view.send_session = 0;
+        view.recv_session = 0;
+        view.serve = false;
+        self.stop_pull(slot);
+        self.generation_lost_peer(cx, slot);
+        self.order_lost_peer(cx, slot);
+    }
+
+    fn fence(&mut self, cx: &mut H, slot: PeerSlot) {
+        self.peers[slot].draining = true;
+        self.adopt(cx, Then::Fence(slot, FenceStep::Adopted));
+    }
+
+    pub(super) fn fence_step(&mut self, cx: &mut H, slot: PeerSlot, step: FenceStep) {
+        match step {
+            FenceStep::Adopted => {
+                self.drain(
+                    cx,
+                    Drain::Received(slot),
+                    Then::Fence(slot, FenceStep::Drained),
+                );
+            }
+            FenceStep::Drained => {
+                self.peers[slot].draining = false;
+                self.shared.duplicates[slot].reset();
+                self.shared.served[slot].clear_all();
+                if self.peers[slot].link == Link::Open && self.peers[slot].hello == Asked::No {
+                    self.say_hello(cx, slot);
+                }
+            }
+        }
+    }
+
+    /// Something in our Hello has changed before the decision was confirmed: a new nonce, and all over again.
+    pub(super) fn hello_changed(&mut self, cx: &mut H) {
+        for slot in 0..MAX_PEERS {
+            let peer = &self.peers[slot];
+            if peer.link == Link::Open && !peer.established && peer.my_hello.is_some() {
+                if peer.confirmed_theirs {
+                    // The peer may have entered the state already: only a new session is safe.
+                    self.lose_session(cx, slot, "the state changed during the handshake");
+                } else {
+                    self.restart_handshake(cx, slot);
+                }
+            }
+        }
+    }
+
+    fn restart_handshake(&mut self, cx: &mut H, slot: PeerSlot) {
+        let theirs = self.peers[slot].their_hello;
+        let had_session = self.peers[slot].session != 0;
+        self.forget_session(cx, slot);
+        self.view.peers[slot].conn = ConnState::WFReportParams;
+        self.peers[slot].their_hello = theirs;
+        if had_session {
+            self.fence(cx, slot);
+        } else {
+            self.say_hello(cx, slot);
+        }
+    }
+
+    /// Harvest first: no Hello leaves before every bit of the old session is in the master.
+    fn say_hello(&mut self, cx: &mut H, slot: PeerSlot) {
+        if self.peers[slot].draining
+            || self.peers[slot].link != Link::Open
+            || self.view.disk == DiskState::Attaching
+        {
+            return;
+        }
+        self.peers[slot].hello = Asked::InFlight;
+        let epoch = self.peers[slot].epoch;
+        self.harvest(cx, Then::Session(slot, epoch, SessionStep::Hello));
+    }
+
+    pub(super) fn send_hello(&mut self, cx: &mut H, slot: PeerSlot) {
+        let nonce = cx.random() | 1;
+        let hello = self.hello(slot, nonce);
+        let peer = &mut self.peers[slot];
+        peer.nonce = nonce;
+        peer.my_hello = Some(hello);
+        self.call(
+            slot,
+            PeerCommand::HelloPut {
+                len: Hello::BYTES as u32,
+            },
+            hello.emit().to_vec(),
+            Call::Hello(nonce),
+        );
+    }
+
+    fn hello(&self, slot: PeerSlot, nonce: u64) -> Hello {
+        let geometry = &self.shared.geometry;
+        let superblock = &self.superblock;
+        let generations = &superblock.generations;
+        Hello {
+            protocol_min: PROTOCOL_VERSIONS.0,
+            protocol_max: PROTOCOL_VERSIONS.1,
+            features: feature::IO_DURING_BITMAP,
+            node_id: superblock.node_id,
+            peer_node_id: self.peers[slot].node_id.unwrap_or_default(),
+            volume_uuid: superblock.volume_uuid,
+            block_size_bytes: geometry.block_size,
+            size_blocks: geometry.size_blocks,
+            granularity_log2: geometry.granularity_log2,
+            role: self.view.role,
+            disk: self.view.disk,
+            crashed_primary: superblock.flags.primary && self.view.role != Role::Primary,
+            unclean: self.unclean,
+            wants_full_sync: superblock.peers[slot].is_some_and(|peer| peer.full_sync),
+            discard_my_data: self.peers[slot].discard_my_data,
+            lost_quorum: false,
+            had_session: self.peers[slot].epoch > 0,
+            current_generation: generations.current,
+            bitmap_generation: generations.bitmap[slot],
+            history: generations.history,
+            dirty_bits: self.masters[slot].count(),
+            nonce,
+            max_transfer_bytes: MAX_TRANSFER_BYTES as u32,
+            in_capsule_bytes: 4096,
+            credits: CREDITS,
+        }
+    }
+
+    pub(super) fn hello_answered(
+        &mut self,
+        cx: &mut H,
+        slot: PeerSlot,
+        nonce: u64,
+        answer: PeerAnswer,
+    ) {
+        if self.peers[slot].nonce != nonce {
+            return;
+        }
+        self.peers[slot].next_try_ns = ask_again_ns(cx);
+        match answer {
+            PeerAnswer::Ok | PeerAnswer::Duplicate => {
+                self.peers[slot].hello = Asked::Yes;
+                self.try_confirm(cx, slot);
+            }
+            PeerAnswer::NotYet | PeerAnswer::Busy => self.peers[slot].hello = Asked::Again,
+            answer => {
+                let text = format!("the peer does not accept this node: {answer:?}");
+                self.peers[slot].last_error = Some(text.clone());
+                self.lose_session(cx, slot, &text);
+            }
+        }
+    }
+
+    pub(super) fn received_hello(&mut self, cx: &mut H, body: &[u8], reply: usize) {
+        let Ok(theirs) = Hello::parse(body) else {
+            return self.answer(cx, reply, PeerAnswer::Malformed);
+        };
+        let slot = (0..MAX_PEERS).find(|&slot| self.peers[slot].node_id == Some(theirs.node_id));
+        let Some(slot) = slot else {
+            return self.answer(cx, reply, PeerAnswer::Refused(0));
+        };
+        if !self.peers[slot].wanted || self.closing {
+            return self.answer(cx, reply, PeerAnswer::Refused(0));
+        }
+        if let Err(reason) = negotiate(&self.hello(slot, 1), &theirs) {
+            self.peers[slot].last_error = Some(reason.to_string());
+            self.answer(cx, reply, PeerAnswer::Refused(reason.code()));
+            return self.stand_alone(cx, slot, &reason.to_string());
+        }
+        if self.peers[slot].session != 0 && self.peers[slot].their_hello != Some(theirs) {
+            // The peer starts again: what was begun with its former Hello is void, on all channels first.
+            if self.peers[slot].established {
+                self.lose_session(cx, slot, "the peer has started a new session");
+            } else {
+                self.restart_handshake(cx, slot);
+                self.peers[slot].their_hello = None;
+            }
+            return self.answer(cx, reply, PeerAnswer::NotYet);
+        }
+        if self.peers[slot].draining {
+            return self.answer(cx, reply, PeerAnswer::NotYet);
+        }
+        if self.peers[slot].link == Link::Closed {
+            // It is there: no need to wait for our own turn.
+            self.peers[slot].retry_at_ns = 0;
+        }
+        self.peers[slot].their_hello = Some(theirs);
+        self.answer(cx, reply, PeerAnswer::Ok);
+        self.try_confirm(cx, slot);
+    }
+
+    /// Both Hellos are known: decide, have the channels accept the session, and confirm.
+    fn try_confirm(&mut self, cx: &mut H, slot: PeerSlot) {
+        let now = cx.now_ns();
+        let peer = &mut self.peers[slot];
+        let (Some(mine), Some(theirs)) = (peer.my_hello, peer.their_hello) else {
+            return;
+        };
+        if peer.hello != Asked::Yes || peer.established || peer.link != Link::Open {
+            return;
+        }
+        let session = session_id(mine.nonce, theirs.nonce);
+        if peer.session == 0 {
+            let decision = decide(&mine, &theirs);
+            peer.session = session;
+            peer.decision = Some(decision);
+            self.view.peers[slot].recv_session = session;
+            let epoch = self.peers[slot].epoch;
+            self.adopt(cx, Then::Session(slot, epoch, SessionStep::Receivable));
+        } else if peer.receivable
+            && matches!(peer.confirm, Asked::No | Asked::Again)
+            && now >= peer.next_try_ns
+        {
+            peer.confirm = Asked::InFlight;
+            self.call(
+                slot,
+                PeerCommand::Confirm { session },
+                Vec::new(),
+                Call::Confirm(session),
+            );
+        }
+    }
+
+    pub(super) fn received_confirm(&mut self, cx: &mut H, session: u32, reply: usize) {
+        let slot = (0..MAX_PEERS).find(|&slot| self.peers[slot].session == session && session != 0);
+        let answer = match slot {
+            Some(slot) if self.peers[slot].receivable => {
+                self.peers[slot].confirmed_theirs = true;
+                PeerAnswer::Ok
+            }
+            Some(_) => PeerAnswer::NotYet,
+            // Somebody's Hello may be about to make this session.
+            None if self
+                .peers
+                .iter()
+                .any(|peer| peer.their_hello.is_some() && peer.session == 0) =>
+            {
+                PeerAnswer::NotYet
+            }
+            None => PeerAnswer::Fenced,
+        };
+        self.answer(cx, reply, answer);
+    }
+
+    pub(super) fn confirm_answered(
+        &mut self,
+        cx: &mut H,
+        slot: PeerSlot,
+        session: u32,
+        answer: PeerAnswer,
+    ) {
+        let peer = &mut self.peers[slot];
+        if peer.session != session || peer.established {
+            return;
+        }
+        match answer {
+            PeerAnswer::Ok | PeerAnswer::Duplicate => {
+                peer.confirm = Asked::Yes;
+                self.enter(cx, slot);
+            }
+            // The peer does not know our Hello, or has taken back its own.
+            PeerAnswer::Fenced => self.restart_handshake(cx, slot),
+            _ => {
+                peer.confirm = Asked::Again;
+                peer.next_try_ns = ask_again_ns(cx);
+            }
+        }
+    }
+
+    /// The decision holds: into its state.
+    fn enter(&mut self, cx: &mut H, slot: PeerSlot) {
+        let (Some(decision), Some(theirs)) =
+            (self.peers[slot].decision, self.peers[slot].their_hello)
+        else {
+            return;
+        };
+        let conn = match decision.outcome {
+            Outcome::InSync | Outcome::ConnectWithoutSync => ConnState::Connected,
+            Outcome::SyncSource { full } => {
+                if full {
+                    self.masters[slot].set_all();
+                }
+                ConnState::WFBitMapS
+            }
+            Outcome::SyncTarget { full } => {
+                if full {
+                    self.masters[slot].set_all();
+                }
+                ConnState::WFBitMapT
+            }
+            outcome => {
+                let text = format!("{outcome:?}: {}", decision.rule);
+                return self.stand_alone(cx, slot, &text);
+            }
+        };
+        // A source that its peers know as Consistent has the newest data all the same: so it was decided.
+        let reported = if conn == ConnState::WFBitMapT {
+            DiskState::UpToDate
+        } else {
+            theirs.disk
+        };
+        let Ok(state) = PeerState::lowered(conn, reported) else {
+            return self.stand_alone(cx, slot, "the peer's disk does not fit the decision");
+        };
+        let now = cx.now_ns();
+        let peer = &mut self.peers[slot];
+        peer.established = true;
+        peer.role = theirs.role;
+        peer.current_generation = theirs.current_generation;
+        peer.heard_ns = now;
+        peer.ping_sent_ns = now;
+        peer.last_error = None;
+        peer.discard_my_data = false;
+        peer.exchange = matches!(conn, ConnState::WFBitMapS | ConnState::WFBitMapT).then(|| {
+            // What the peer has sent while it was ahead of us counts.
+            peer.exchange.unwrap_or_default()
+        });
+        let session = peer.session;
+        let epoch = peer.epoch;
+        let view = &mut self.view.peers[slot];
+        view.conn = state.conn();
+        view.pdsk = state.pdsk();
+        view.send_session = session;
+        view.io_during_bitmap = theirs.features & feature::IO_DURING_BITMAP != 0;
+        if conn == ConnState::WFBitMapT {
+            // Reads of these blocks go to the peer, and that before any channel is a target.
+            self.mark_stale(slot);
+        }
+        self.adopt(cx, Then::Session(slot, epoch, SessionStep::Entered));
+    }
+
+    /// Ends the connection until the operator asks for it again.
+    pub(super) fn stand_alone(&mut self, cx: &mut H, slot: PeerSlot, reason: &str) {
+        self.peers[slot].wanted = false;
+        self.peers[slot].last_error = Some(reason.to_owned());
+        self.lose_session(cx, slot, reason);
+        self.peers[slot].last_error = Some(reason.to_owned());
+    }
+
+    pub(super) fn session_step(&mut self, cx: &mut H, slot: PeerSlot, step: SessionStep) {
+        match step {
+            SessionStep::Hello => self.send_hello(cx, slot),
+            SessionStep::Receivable => {
+                self.peers[slot].receivable = true;
+                self.peers[slot].next_try_ns = 0;
+                self.try_confirm(cx, slot);
+            }
+            SessionStep::Entered => {
+                self.tell_state(slot);
+                self.end_reattach(cx);
+                if let Some(body) = self.peers[slot].early_state.take() {
+                    self.take_state(cx, slot, body);
+                }
+                match self.view.peers[slot].conn {
+                    ConnState::WFBitMapS | ConnState::WFBitMapT => self.start_exchange(cx, slot),
+                    _ => self.connected(cx, slot),
+                }
+            }
+            SessionStep::ExchangeHarvested => self.begin_bitmap(cx, slot),
+            SessionStep::TargetDurable(reply) => self.target_durable(cx, slot, reply),
+            SessionStep::TargetEntered(reply) => self.target_entered(cx, slot, reply),
+            SessionStep::SourceDurable => self.source_durable(cx, slot),
+            SessionStep::SourceEntered => self.source_entered(cx, slot),
+            SessionStep::SourceNoticed => self.source_noticed(cx, slot),
+            SessionStep::FinishHarvested(reply) => self.finish_harvested(cx, slot, reply),
+            SessionStep::FinishRecorded(reply) => self.finish_recorded(cx, slot, reply),
+            SessionStep::Reconciled => {}
+        }
+    }
+
+    /// Connected with nothing to resync: what an interrupted finish or a crash left behind is put right.
+    fn connected(&mut self, cx: &mut H, slot: PeerSlot) {
+        let epoch = self.peers[slot].epoch;
+        let outcome = self.peers[slot].decision.map(|decision| decision.outcome);
+        if outcome != Some(Outcome::InSync) {
+            return;
+        }
+        self.superblock.generations.finish_sync_as_source(slot);
+        self.masters[slot].clear_all();
+        self.settle_crash(slot);
+        self.commit_pages(cx, Then::Nothing);
+        self.commit_superblock(cx, Then::Session(slot, epoch, SessionStep::Reconciled));
+    }
+
+    /// In sync with a peer: what a crash of ours may have left is no longer in question.
+    pub(super) fn settle_crash(&mut self, _slot: PeerSlot) {
+        self.unclean = false;
+        if self.view.role != Role::Primary {
+            self.superblock.flags.primary = false;
+        }
+    }
+
+    /// Tells a peer how things are here.
+    pub(super) fn tell_state(&mut self, slot: PeerSlot) {
+        if !self.peers[slot].established {
+            return;
+        }
+        self.revision += 1;
+        let mut connected_nodes = 0u8;
+        let mut up_to_date_nodes = 0u8;
+        for (peer, view) in self.peers.iter().zip(&self.view.peers) {
+            if let Some(node) = peer.node_id {
+                connected_nodes |= u8::from(peer.established) << node;
+                up_to_date_nodes |= u8::from(view.has_latest()) << node;
+            }
+        }
+        if self.view.disk == DiskState::UpToDate {
+            up_to_date_nodes |= 1 << self.superblock.node_id;
+        }
+        let body = StateBody {
+            role: self.view.role,
+            disk: self.view.disk,
+            conn: self.view.peers[slot].conn,
+            resync_paused: self.puller.paused,
+            io_suspended: self.view.suspended,
+            has_quorum: true,
+            connected_nodes,
+            up_to_date_nodes,
+            revision: self.revision,
+            current_generation: self.superblock.generations.current,
+            bitmap_generation: self.superblock.generations.bitmap[slot],
+            promotion_epoch: 0,
+            bits_set: self.masters[slot].count(),
+        };
+        let sequence = self.peers[slot].outbox.next_sequence();
+        let command = PeerCommand::StatePut {
+            session: self.peers[slot].session,
+            sequence,
+            len: StateBody::BYTES as u32,
+        };
+        self.call(slot, command, body.emit().to_vec(), Call::State);
+    }
+
+    pub(super) fn tell_all(&mut self) {
+        for slot in 0..MAX_PEERS {
+            self.tell_state(slot);
+        }
+    }
+
+    /// A command of a session; the channel that received it knows the session.
+    pub(super) fn received_in_session(
+        &mut self,
+        cx: &mut H,
+        command: PeerCommand,
+        body: &[u8],
+        reply: usize,
+    ) {
+        let session = command.session();
+        let slot = (0..MAX_PEERS).find(|&slot| session != 0 && self.peers[slot].session == session);
+        let Some(slot) = slot else {
+            return self.answer(cx, reply, PeerAnswer::Fenced);
+        };
+        self.peers[slot].heard_ns = cx.now_ns();
+        match command {
+            PeerCommand::Ping { .. } => self.answer(cx, reply, PeerAnswer::Ok),
+            PeerCommand::StatePut { .. } => self.received_state(cx, slot, body, reply),
+            PeerCommand::OutOfSync { .. } => self.received_notice(cx, slot, body, reply),
+            PeerCommand::BitmapOr { .. } => self.received_bitmap(cx, slot, body, reply),
+            PeerCommand::BitmapEnd { .. } => self.received_bitmap_end(cx, slot, reply),
+            PeerCommand::SyncStart { .. } => self.received_sync_start(cx, slot, body, reply),
+            PeerCommand::ResyncDone { .. } => self.received_resync_done(cx, slot, body, reply),
+            PeerCommand::SyncFinish { phase, .. } => {
+                self.received_finish(cx, slot, phase, body, reply)
+            }
+            PeerCommand::NewGeneration { .. } => self.received_generation(cx, body, reply),
+            PeerCommand::Prepare { .. } => self.received_prepare(cx, slot, body, reply),
+            PeerCommand::Commit { .. } => self.answer(cx, reply, PeerAnswer::Ok),
+            PeerCommand::Abort { .. } => {
+                self.peers[slot].promoting = false;
+                self.answer(cx, reply, PeerAnswer::Ok);
+            }
+            PeerCommand::Goodbye { outdate, .. } => self.received_goodbye(cx, slot, outdate, reply),
+            _ => self.answer(cx, reply, PeerAnswer::Malformed),
+        }
+    }
+
+    fn received_state(&mut self, cx: &mut H, slot: PeerSlot, body: &[u8], reply: usize) {
+        let Ok(body) = StateBody::parse(body) else {
+            return self.answer(cx, reply, PeerAnswer::Malformed);
+        };
+        self.answer(cx, reply, PeerAnswer::Ok);
+        if self.peers[slot].established {
+            self.take_state(cx, slot, body);
+        } else {
+            // It is ahead of us in the handshake.
+            self.peers[slot].early_state = Some(body);
+        }
+    }
+
+    fn take_state(&mut self, cx: &mut H, slot: PeerSlot, body: StateBody) {
+        let peer = &mut self.peers[slot];
+        if body.revision <= peer.state_revision {
+            return;
+        }
+        peer.state_revision = body.revision;
+        peer.role = body.role;
+        peer.promoting = false;
+        peer.current_generation = body.current_generation;
+        peer.paused_by_peer = body.resync_paused;
+        if body.role == Role::Primary && self.view.role == Role::Primary {
+            return self.stand_alone(cx, slot, "both nodes are Primary; demote one");
+        }
+        let view = &mut self.view.peers[slot];
+        let old = *view;
+        view.conn = match (view.conn, body.conn) {
+            (ConnState::SyncSource, ConnState::PausedSyncT) => ConnState::PausedSyncS,
+            (ConnState::PausedSyncS, ConnState::SyncTarget) => ConnState::SyncSource,
+            (conn, _) => conn,
+        };
+        // In a resync the disk states follow from the resync; otherwise they are what the peer says.
+        if view.conn == ConnState::Connected {
+            match PeerState::new(view.conn, body.disk) {
+                Ok(state) => view.pdsk = state.pdsk(),
+                Err(_) => {
+                    return self.lose_session(cx, slot, "the peer's disk is in a passing state");
+                }
+            }
+        } else if body.disk < DiskState::Inconsistent {
+            return self.lose_session(cx, slot, "the peer has lost its disk");
+        }
+        if *view != old {
+            self.adopt(cx, Then::Nothing);
+        }
+    }
+
+    fn received_goodbye(&mut self, cx: &mut H, slot: PeerSlot, outdate: bool, reply: usize) {
+        self.answer(cx, reply, PeerAnswer::Ok);
+        if outdate && self.view.role != Role::Primary && self.view.disk == DiskState::UpToDate {
+            self.view.disk = DiskState::Outdated;
+            self.record_disk();
+            self.commit_superblock(cx, Then::Nothing);
+        }
+        self.lose_session(cx, slot, "the peer has disconnected");
+    }
+
+    pub(super) fn start_exchange(&mut self, cx: &mut H, slot: PeerSlot) {
+        let epoch = self.peers[slot].epoch;
+        self.peers[slot]
+            .exchange
+            .get_or_insert_with(Exchange::default);
+        self.harvest(
+            cx,
+            Then::Session(slot, epoch, SessionStep::ExchangeHarvested),
+        );
+    }
+}
+
+/// Both nodes may be asking each other: not in step for ever.
+fn ask_again_ns<H: Host>(cx: &mut H) -> u64 {
+    cx.now_ns() + ASK_AGAIN_NS + cx.random() % ASK_AGAIN_NS
+}

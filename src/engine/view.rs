@@ -1,0 +1,116 @@
+//! The copy of the volume's state that every channel holds for its I/O path. The manager makes a new one for
+//! each change; channels adopt it at their own time.
+
+use crate::engine::MAX_PEERS;
+use crate::engine::peer::state::{
+    ConnState, DiskState, Role, connection_permits_io, disk_permits_io, should_do_remote,
+    should_send_oos,
+};
+use crate::host::PeerSlot;
+
+/// One peer, as a channel sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerView {
+    pub configured: bool,
+    pub conn: ConnState,
+    pub pdsk: DiskState,
+    /// The session that our commands carry; 0: send nothing.
+    pub send_session: u32,
+    /// The session whose commands are accepted; 0: none.
+    pub recv_session: u32,
+    /// A durable generation says that this peer lacks writes: one may complete without it.
+    pub may_miss: bool,
+    /// As its sync source, answer its resync reads.
+    pub serve: bool,
+    /// It agreed to the feature that lets I/O go on while bitmaps are exchanged.
+    pub io_during_bitmap: bool,
+}
+
+impl PeerView {
+    pub const NONE: PeerView = PeerView {
+        configured: false,
+        conn: ConnState::StandAlone,
+        pdsk: DiskState::DUnknown,
+        send_session: 0,
+        recv_session: 0,
+        may_miss: false,
+        serve: false,
+        io_during_bitmap: true,
+    };
+
+    /// Writes go to this peer.
+    pub fn is_remote(&self) -> bool {
+        self.send_session != 0 && should_do_remote(self.pdsk, self.conn)
+    }
+
+    /// Writes are announced to this peer as out of sync.
+    pub fn is_noticed(&self) -> bool {
+        self.send_session != 0 && should_send_oos(self.pdsk, self.conn)
+    }
+
+    /// This peer can be read from.
+    pub fn has_latest(&self) -> bool {
+        self.send_session != 0 && self.conn.is_connected() && self.pdsk == DiskState::UpToDate
+    }
+}
+
+/// The state of the volume for the I/O path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    pub version: u64,
+    pub role: Role,
+    pub disk: DiskState,
+    /// Application I/O is held.
+    pub suspended: bool,
+    /// The volume goes away: application I/O is failed.
+    pub closing: bool,
+    /// The peers have recorded that this node's own disk lacks writes.
+    pub own_disk_may_miss: bool,
+    pub peers: [PeerView; MAX_PEERS],
+}
+
+impl View {
+    pub fn new() -> Self {
+        Self {
+            version: 0,
+            role: Role::Secondary,
+            disk: DiskState::Diskless,
+            suspended: false,
+            closing: false,
+            own_disk_may_miss: false,
+            peers: [PeerView::NONE; MAX_PEERS],
+        }
+    }
+
+    /// The backing device takes I/O.
+    pub fn disk_is_usable(&self) -> bool {
+        self.disk >= DiskState::Inconsistent && self.disk != DiskState::DUnknown
+    }
+
+    /// Application I/O may start now; else it is held.
+    pub fn permits_io(&self) -> bool {
+        !self.suspended
+            && disk_permits_io(self.disk)
+            && self
+                .peers
+                .iter()
+                .filter(|peer| peer.configured)
+                .all(|peer| connection_permits_io(peer.conn, peer.io_during_bitmap))
+    }
+
+    /// A peer that can be read from, other than those in `except`.
+    pub fn read_source(&self, except: u8) -> Option<PeerSlot> {
+        (0..MAX_PEERS).find(|&slot| except & (1 << slot) == 0 && self.peers[slot].has_latest())
+    }
+
+    /// The latest data can be reached.
+    pub fn has_data(&self) -> bool {
+        self.disk == DiskState::UpToDate || self.read_source(0).is_some()
+    }
+}
+
+impl Default for View {
+    fn default() -> Self {
+        Self::new()
+    }
+}
