@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::Takes::{Nothing, Parameters as Named};
 use super::When::Runtime;
-use super::{Method, bdev_error, method};
+use super::{Method, bdev_error, method, nvmf};
 use crate::hosts::embedded::bdev::{BdevId, IoStat};
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::disk::FileParameters;
@@ -150,14 +150,19 @@ fn delete(
         Ok(name) => name,
         Err(error) => return reply.fail(error),
     };
-    if !core
+    let Some(entry) = core
         .registry
         .find(&name)
-        .is_some_and(|entry| ours(&entry.origin))
-    {
+        .filter(|entry| ours(&entry.origin))
+    else {
         return reply.fail(RpcError::no_device(format!(
             "{method}: there is no such bdev '{name}'"
         )));
+    };
+    if entry.claimed_by.as_deref() == Some(nvmf::CLAIMANT) {
+        // Its namespaces go with it, as with SPDK.
+        let id = entry.id;
+        core.registry.release(id);
     }
     registry::delete(core, &name, move |_core, result| {
         reply.answer(

@@ -7,6 +7,7 @@ use std::sync::mpsc::sync_channel;
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use super::nvmf;
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::registry::{BdevEntry, BdevOrigin};
 use crate::rpc::volume::VolumeService;
@@ -19,7 +20,7 @@ pub(super) const SUBSYSTEMS: &[(&str, &[&str])] = &[("bdev", &[]), ("nvmf", &["b
 pub(super) fn of_subsystem(core: &Core, name: &str) -> Option<Value> {
     match name {
         "bdev" => Some(bdevs(core).into()),
-        "nvmf" => Some(json!([])),
+        "nvmf" => Some(nvmf::configuration(core).into()),
         _ => None,
     }
 }

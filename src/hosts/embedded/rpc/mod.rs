@@ -6,6 +6,7 @@ mod app;
 mod bdev;
 pub mod config;
 pub mod log;
+mod nvmf;
 pub mod socket;
 #[cfg(test)]
 mod tests;
@@ -35,6 +36,10 @@ pub struct Control {
     waiting: Vec<Reply>,
     /// Methods of options without a meaning here that have been warned of.
     warned: BTreeSet<String>,
+    /// `nvmf_create_transport` has been called.
+    has_transport: bool,
+    /// NQNs of the subsystems that `nvmf_create_subsystem` has made; the others are the volumes'.
+    subsystems: BTreeSet<String>,
 }
 
 /// When a method may be called.
@@ -76,7 +81,7 @@ const fn method(
 }
 
 /// The tables of SPDK's methods.
-const TABLES: &[&[Method]] = &[app::METHODS, bdev::METHODS];
+const TABLES: &[&[Method]] = &[app::METHODS, bdev::METHODS, nvmf::METHODS];
 
 /// Options of SPDK that a saved configuration holds and that mean nothing here: accepted, with one warning
 /// each, so that such a configuration loads.

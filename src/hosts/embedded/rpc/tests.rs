@@ -342,3 +342,213 @@ fn a_saved_configuration_makes_the_same_bdevs_again() {
         );
     }
 }
+
+const NQN: &str = "nqn.2016-06.io.spdk:cnode1";
+
+fn listener(port: u16) -> Value {
+    let listen_address = json!({"trtype": "tcp", "adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": port.to_string()});
+    json!({"nqn": NQN, "listen_address": listen_address})
+}
+
+/// A port that nobody listens at.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+fn export(target: &mut Target) -> u16 {
+    target.call(
+        "nvmf_create_transport",
+        json!({"trtype": "TCP", "no_srq": false, "c2h_success": true}),
+    );
+    target.call(
+        "bdev_malloc_create",
+        json!({"name": "m", "num_blocks": 64, "block_size": 512}),
+    );
+    target.call(
+        "nvmf_create_subsystem",
+        json!({"nqn": NQN, "allow_any_host": true, "serial_number": "S1"}),
+    );
+    let namespace = json!({"nqn": NQN, "namespace": {"bdev_name": "m"}, "tgt_name": null});
+    assert_eq!(target.call("nvmf_subsystem_add_ns", namespace), 1);
+    let port = free_port();
+    target.call("nvmf_subsystem_add_listener", listener(port));
+    port
+}
+
+#[test]
+fn a_bdev_is_exported_shown_and_taken_back() {
+    let mut target = Target::new();
+    let port = export(&mut target);
+    let shown = target.call("nvmf_get_subsystems", Value::Null);
+    assert_eq!(shown[0]["subtype"], "Discovery");
+    assert_eq!(shown[1]["namespaces"][0]["bdev_name"], "m");
+    assert_eq!(shown[1]["listen_addresses"][0]["trsvcid"], port.to_string());
+    assert_eq!(
+        target
+            .call("nvmf_get_subsystems", json!({"nqn": NQN}))
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    assert_eq!(
+        target.call("nvmf_subsystem_get_listeners", json!({"nqn": NQN}))[0]["address"]["adrfam"],
+        "IPv4"
+    );
+    assert_eq!(
+        target.call("bdev_get_bdevs", json!({"name": "m"}))[0]["claimed"],
+        true
+    );
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+
+    target.call("nvmf_subsystem_remove_ns", json!({"nqn": NQN, "nsid": 1}));
+    assert_eq!(
+        target.call("bdev_get_bdevs", json!({"name": "m"}))[0]["claimed"],
+        false
+    );
+    target.call(
+        "nvmf_subsystem_add_ns",
+        json!({"nqn": NQN, "namespace": {"bdev_name": "m", "nsid": 3}}),
+    );
+    target.call("bdev_malloc_delete", json!({"name": "m"}));
+    let shown = target.call("nvmf_get_subsystems", json!({"nqn": NQN}));
+    assert_eq!(
+        shown[0]["namespaces"],
+        json!([]),
+        "a deleted bdev is no longer exported"
+    );
+    target.call("nvmf_subsystem_remove_listener", listener(port));
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
+    target.call("nvmf_delete_subsystem", json!({"nqn": NQN}));
+    assert_eq!(
+        target
+            .call("nvmf_get_subsystems", Value::Null)
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+}
+
+#[test]
+fn the_target_refuses_with_spdks_codes() {
+    let mut target = Target::new();
+    assert_eq!(
+        target.code("nvmf_create_transport", json!({"trtype": "RDMA"})),
+        -32602
+    );
+    assert_eq!(
+        target.code("nvmf_get_transports", json!({"trtype": "TCP"})),
+        -19
+    );
+    target.call("nvmf_create_subsystem", json!({"nqn": NQN}));
+    assert_eq!(
+        target.code("nvmf_subsystem_add_listener", listener(free_port())),
+        -32602,
+        "no transport yet"
+    );
+    target.call("nvmf_delete_subsystem", json!({"nqn": NQN}));
+    let port = export(&mut target);
+    assert_eq!(
+        target.code("nvmf_create_transport", json!({"trtype": "TCP"})),
+        -32603
+    );
+    assert_eq!(
+        target.code("nvmf_create_subsystem", json!({"nqn": NQN})),
+        -32603
+    );
+    assert_eq!(
+        target.code("nvmf_create_subsystem", json!({"nqn": "x"})),
+        -32602
+    );
+    assert_eq!(
+        target.code(
+            "nvmf_delete_subsystem",
+            json!({"nqn": "nqn.2016-06.io.spdk:x"})
+        ),
+        -32602
+    );
+    assert_eq!(
+        target.code(
+            "nvmf_get_subsystems",
+            json!({"nqn": "nqn.2016-06.io.spdk:x"})
+        ),
+        -32602
+    );
+    assert_eq!(
+        target.code("nvmf_subsystem_add_listener", listener(port)),
+        -32602
+    );
+    assert_eq!(
+        target.code("nvmf_subsystem_remove_listener", listener(free_port())),
+        -32602
+    );
+    for namespace in [
+        json!({"bdev_name": "x"}),
+        json!({"bdev_name": "m"}),
+        json!({"bdev_name": "m", "nguid": "12"}),
+        json!({"bdev_name": "m", "eui64": "zzzzzzzzzzzzzzzz"}),
+    ] {
+        let params = json!({"nqn": NQN, "namespace": namespace});
+        assert_eq!(
+            target.code("nvmf_subsystem_add_ns", params),
+            -32602,
+            "{namespace}"
+        );
+    }
+    target.call(
+        "bdev_malloc_create",
+        json!({"name": "n", "num_blocks": 64, "block_size": 512}),
+    );
+    let taken = json!({"nqn": NQN, "namespace": {"bdev_name": "n", "nsid": 1}});
+    assert_eq!(target.code("nvmf_subsystem_add_ns", taken), -32602);
+    let bdev = target.call("bdev_get_bdevs", json!({"name": "n"}));
+    assert_eq!(
+        bdev[0]["claimed"], false,
+        "a refused namespace leaves nothing behind"
+    );
+    assert_eq!(
+        target.code("nvmf_subsystem_remove_ns", json!({"nqn": NQN, "nsid": 9})),
+        -32602
+    );
+    let host = json!({"nqn": NQN, "host": "nqn.2014-08.org.example:h", "psk": "key0"});
+    assert_eq!(target.code("nvmf_subsystem_add_host", host), -32602);
+    let host = json!({"nqn": NQN, "host": "nqn.2014-08.org.example:h"});
+    assert_eq!(target.call("nvmf_subsystem_add_host", host.clone()), true);
+    assert_eq!(target.call("nvmf_subsystem_add_host", host.clone()), true);
+    assert_eq!(
+        target.call("nvmf_subsystem_remove_host", host.clone()),
+        true
+    );
+    assert_eq!(target.code("nvmf_subsystem_remove_host", host), -32603);
+}
+
+#[test]
+fn a_saved_target_is_the_same_after_loading() {
+    let mut first = Target::new();
+    let port = export(&mut first);
+    first.call(
+        "nvmf_subsystem_allow_any_host",
+        json!({"nqn": NQN, "allow_any_host": false}),
+    );
+    first.call(
+        "nvmf_subsystem_add_host",
+        json!({"nqn": NQN, "host": "nqn.2014-08.org.example:h"}),
+    );
+    let save = |target: &mut Target| {
+        ["bdev", "nvmf"].map(|name| target.call("framework_get_config", json!({"name": name})))
+    };
+    let shown = first.call("nvmf_get_subsystems", Value::Null);
+    let saved = save(&mut first);
+    first.call("nvmf_subsystem_remove_listener", listener(port));
+    let mut second = Target::new();
+    for entry in saved.iter().flat_map(|config| config.as_array().unwrap()) {
+        second.call(entry["method"].as_str().unwrap(), entry["params"].clone());
+    }
+    assert_eq!(save(&mut second), saved);
+    assert_eq!(second.call("nvmf_get_subsystems", Value::Null), shown);
+}
