@@ -29,6 +29,9 @@ enum Command {
     Tgt(Box<tgt::TargetArguments>),
     /// Show the volumes of running targets
     Status(status::StatusArguments),
+    /// Create, show and check metadata on a file or device that no target uses
+    #[command(subcommand)]
+    Meta(meta::MetaCommand),
 }
 
 /// Runs the command and returns its exit code.
@@ -36,6 +39,7 @@ pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Tgt(arguments) => tgt::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Meta(command) => meta::run(command),
     }
 }
 
