@@ -195,6 +195,7 @@ mod tests {
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
+    use crate::engine::sync::Ordering;
     use loom::sync::Arc;
     use loom::thread;
 
@@ -225,20 +226,21 @@ mod loom_tests {
     fn loom_a_newer_sequence_never_replaces_one_in_flight() {
         loom::model(|| {
             let window = Arc::new(DuplicateWindow::new(4));
-            let other = {
-                let window = window.clone();
-                thread::spawn(move || {
-                    let begin = window.begin(5);
-                    if begin == Begin::Fresh {
-                        window.applied(5);
-                    }
-                    begin
-                })
+            let in_flight = Arc::new(AtomicU64::new(0));
+            let run = |window: &DuplicateWindow, in_flight: &AtomicU64, sequence| {
+                let begin = window.begin(sequence);
+                if begin == Begin::Fresh {
+                    assert_eq!(in_flight.fetch_add(1, Ordering::Relaxed), 0);
+                    in_flight.fetch_sub(1, Ordering::Relaxed);
+                    window.applied(sequence);
+                }
+                begin
             };
-            let older = window.begin(1);
-            if older == Begin::Fresh {
-                window.applied(1);
-            }
+            let other = {
+                let (window, in_flight) = (window.clone(), in_flight.clone());
+                thread::spawn(move || run(&window, &in_flight, 5))
+            };
+            let older = run(&window, &in_flight, 1);
             let newer = other.join().unwrap();
             match (older, newer) {
                 (Begin::Fresh, Begin::Fresh) | (Begin::Fresh, Begin::Busy) => {}

@@ -4,7 +4,8 @@
 //! Everything here is sequentially consistent, because the rules between structures are of the kind
 //! "store here, then look there" on both sides (Dekker), for which acquire and release are not enough.
 //! loom treats a sequentially consistent access as acquire/release only (loom's documentation of its
-//! limits), so under loom a fence stands where the hardware build has the total order of the accesses.
+//! limits), so under loom a fence before each load stands for the total order of the hardware build. A
+//! word that is read other than through `load` here therefore fails the models.
 
 #[cfg(not(loom))]
 pub use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
@@ -25,33 +26,22 @@ pub fn load(word: &AtomicU64) -> u64 {
 #[inline]
 pub fn store(word: &AtomicU64, value: u64) {
     word.store(value, SeqCst);
-    #[cfg(loom)]
-    fence(SeqCst);
 }
 
 /// Sets the bits of `mask`; the value before.
 #[inline]
 pub fn fetch_or(word: &AtomicU64, mask: u64) -> u64 {
-    let before = word.fetch_or(mask, SeqCst);
-    #[cfg(loom)]
-    fence(SeqCst);
-    before
+    word.fetch_or(mask, SeqCst)
 }
 
 /// Keeps only the bits of `mask`; the value before.
 #[inline]
 pub fn fetch_and(word: &AtomicU64, mask: u64) -> u64 {
-    let before = word.fetch_and(mask, SeqCst);
-    #[cfg(loom)]
-    fence(SeqCst);
-    before
+    word.fetch_and(mask, SeqCst)
 }
 
 /// Replaces `current` by `new`. `Err` holds what was there instead.
 #[inline]
 pub fn compare_exchange(word: &AtomicU64, current: u64, new: u64) -> Result<u64, u64> {
-    let result = word.compare_exchange(current, new, SeqCst, SeqCst);
-    #[cfg(loom)]
-    fence(SeqCst);
-    result
+    word.compare_exchange(current, new, SeqCst, SeqCst)
 }
