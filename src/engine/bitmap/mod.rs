@@ -1,5 +1,5 @@
 //! Bitmaps of what a peer misses: per-core shards, the merged master, and their wire form.
-//! This file holds what they share: the page, and how a volume's bytes map to bits.
+//! This file holds what they share: how a bitmap is cut into pages.
 //! Nothing here knows of peers, disks or messages.
 
 pub mod convert;
