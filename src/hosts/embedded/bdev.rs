@@ -76,6 +76,8 @@ pub enum Owner {
     Nvmf(super::target::RequestHandle),
     /// A request of the target that takes several I/Os.
     Combined(Key),
+    /// An I/O of an NVMe bdev, of which this is a command.
+    Remote(Key),
     /// The engine: its volume and its token.
     Volume { volume: u32, token: u64 },
     /// A one-shot closure of the control path.

@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::admin::{self, AdminEvent, CoreAdmins};
 use super::bdev::{
     BdevId, BdevIo, BdevKind, BdevTable, Done, IoError, IoKind, IoResult, Owner, Ticket,
 };
@@ -17,6 +18,7 @@ use super::message::{Message, NodeHandle};
 use super::nvme_tcp::target::SharedTarget;
 use super::reactor::Reactor;
 use super::registry::Registry;
+use super::remote::{self, CoreRemotes};
 use super::ring::{Completion, Tag, TagKind};
 use super::rpc::Control;
 use super::slab::{Key, Slab};
@@ -42,6 +44,8 @@ pub struct Core {
     pub listeners: Listeners,
     pub target: CoreTarget,
     pub initiators: CoreInitiators,
+    pub admins: CoreAdmins,
+    pub remotes: CoreRemotes,
     pub volumes: CoreVolumes,
     timers: Timers<Task>,
     /// Answers to deliver.
@@ -102,6 +106,8 @@ impl Core {
             listeners: Listeners::default(),
             target: CoreTarget::new(target),
             initiators: CoreInitiators::default(),
+            admins: CoreAdmins::default(),
+            remotes: CoreRemotes::default(),
             volumes: CoreVolumes::default(),
             timers: Timers::default(),
             done: VecDeque::new(),
@@ -150,7 +156,13 @@ impl Core {
                     self.complete(ticket, Err(error), 0);
                 }
             }
-            BdevKind::Nvme { .. } => self.complete(ticket, Err(IoError::Errno(libc::ENODEV)), 0),
+            BdevKind::Nvme {
+                controller,
+                namespace_id,
+            } => {
+                let (controller, namespace_id) = (*controller, *namespace_id);
+                remote::submit(self, controller, namespace_id, ticket, io);
+            }
             BdevKind::Volume(volume) => {
                 let entry = (*volume, Port::Application, ticket, io);
                 self.volume_io.push_back(entry);
@@ -303,8 +315,10 @@ impl Core {
         worked |= self.fire_timers();
         worked |= target::poll(self);
         worked |= initiator::poll(self);
+        worked |= admin::poll(self);
         worked |= volume::poll(self);
         worked |= self.deliver();
+        worked |= remote::poll(self);
         // Answers and commands leave in the round in which they came up.
         worked |= target::poll(self);
         worked |= initiator::poll(self);
@@ -348,6 +362,7 @@ impl Core {
             TagKind::TargetSocket => target::event(self, tag, result, more),
             TagKind::Listener => listener::ready(self, tag, more),
             TagKind::InitiatorSocket => initiator::event(self, tag, result, more),
+            TagKind::AdminSocket => admin::event(self, tag, result, more),
             TagKind::None => {}
         }
     }
@@ -382,7 +397,9 @@ impl Core {
                 self.hand_over(done);
             } else if let Some(event) = self.initiators.take_event() {
                 // After the answers: what a queue pair had is answered before its owner hears of its end.
-                self.tell(event);
+                self.tell_queue(event);
+            } else if let Some(event) = self.admins.take_event() {
+                self.tell_admin(event);
             } else {
                 return delivered > 0;
             }
@@ -390,10 +407,24 @@ impl Core {
         true
     }
 
-    fn tell(&mut self, event: QueueEvent) {
+    fn tell_queue(&mut self, event: QueueEvent) {
         match event.owner {
             QueueOwner::Volume { volume, link } => {
                 volume::link_event(self, volume, link, event.queue, event.change);
+            }
+            QueueOwner::Remote(controller) => {
+                remote::queue_event(self, controller, event.queue, &event.change);
+            }
+        }
+    }
+
+    fn tell_admin(&mut self, event: AdminEvent) {
+        match event.owner {
+            QueueOwner::Volume { volume, link } => {
+                volume::admin_event(self, volume, link, event.controller, event.change);
+            }
+            QueueOwner::Remote(controller) => {
+                remote::admin_event(self, controller, event.controller, &event.change);
             }
         }
     }
@@ -402,6 +433,7 @@ impl Core {
         match done.owner {
             Owner::Nvmf(request) => self.target.complete(request, done.status, done.dword0),
             Owner::Combined(key) => target::go_on(self, key, done.status),
+            Owner::Remote(key) => remote::go_on(self, key, done.status, done.dword0),
             Owner::Volume { volume, token } => {
                 volume::complete(self, volume, token, done.status, done.dword0);
             }

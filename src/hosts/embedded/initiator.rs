@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use super::bdev::{Done, IoError, IoResult, Owner, Ticket};
+use super::bdev::{Done, IoError, IoResult, Owner};
 use super::core::Core;
 use super::nvme_tcp::buffer::DataPointer;
 use super::nvme_tcp::command::{NvmeStatus, Sqe};
@@ -35,6 +35,8 @@ pub struct OpenParameters {
 pub enum QueueOwner {
     /// A volume's link; `link` is the volume's own name for it.
     Volume { volume: u32, link: u64 },
+    /// A controller that NVMe bdevs stand on.
+    Remote(u32),
 }
 
 /// What became of a queue pair.
@@ -65,16 +67,11 @@ struct QueuePair {
     timeout: Option<TimerId>,
 }
 
-/// Who gets the answer to a command.
-enum Submitter {
-    Owner(Owner),
-    Bdev(Ticket),
-}
-
 #[derive(Default)]
 pub struct CoreInitiators {
     queues: Slab<QueuePair>,
-    commands: Slab<Submitter>,
+    /// Who gets the answer to each command.
+    commands: Slab<Owner>,
     ready: Vec<Key>,
     completions: Vec<Completion>,
     events: VecDeque<QueueEvent>,
@@ -125,34 +122,13 @@ impl CoreInitiators {
     /// nothing was done.
     pub fn submit(
         &mut self,
-        queue: QueueKey,
+        key: QueueKey,
         sqe: Sqe,
         data: DataPointer,
         owner: Owner,
     ) -> Result<(), SubmitError> {
-        self.start(queue, sqe, data, Submitter::Owner(owner))
-    }
-
-    /// As [`submit`](Self::submit), for an I/O of a bdev.
-    pub fn submit_ticket(
-        &mut self,
-        queue: QueueKey,
-        sqe: Sqe,
-        data: DataPointer,
-        ticket: Ticket,
-    ) -> Result<(), SubmitError> {
-        self.start(queue, sqe, data, Submitter::Bdev(ticket))
-    }
-
-    fn start(
-        &mut self,
-        key: QueueKey,
-        sqe: Sqe,
-        data: DataPointer,
-        submitter: Submitter,
-    ) -> Result<(), SubmitError> {
         let pair = self.queues.get_mut(key).ok_or(SubmitError::NotReady)?;
-        let command = self.commands.insert(submitter);
+        let command = self.commands.insert(owner);
         let result = pair.queue.submit(sqe, data, token_of(command));
         if result.is_err() {
             self.commands.remove(command);
@@ -321,14 +297,12 @@ fn settle(core: &mut Core, timers: Vec<TimerId>) {
     for completion in completions.drain(..) {
         let status = result_of(completion.status);
         let dword0 = completion.dword0();
-        match core.initiators.commands.remove(key_of(completion.token)) {
-            Some(Submitter::Owner(owner)) => core.answer(Done {
+        if let Some(owner) = core.initiators.commands.remove(key_of(completion.token)) {
+            core.answer(Done {
                 owner,
                 status,
                 dword0,
-            }),
-            Some(Submitter::Bdev(ticket)) => core.complete(ticket, status, dword0),
-            None => {}
+            });
         }
     }
     core.initiators.completions = completions;

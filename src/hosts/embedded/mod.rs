@@ -5,6 +5,7 @@
 //! its answer look like, [`registry`] the names that the control path knows. [`target`] serves bdevs to
 //! hosts, [`initiator`] reaches other nodes.
 
+pub mod admin;
 pub mod bdev;
 pub mod core;
 pub mod disk;
@@ -16,6 +17,7 @@ pub mod node;
 pub mod nvme_tcp;
 pub mod reactor;
 pub mod registry;
+pub mod remote;
 pub mod ring;
 pub mod rpc;
 pub mod slab;

@@ -6,6 +6,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use super::admin;
 use super::core::Core;
 use super::initiator;
 use super::listener;
@@ -227,7 +228,7 @@ pub fn shutdown(core: &mut Core) {
     listener::close_all(core);
     core.on_all_cores(target::close_connections, |core| {
         volume::shutdown(core, |core| {
-            core.on_all_cores(initiator::close_all, |_| {});
+            core.on_all_cores(close_links, |_| {});
             core.on_all_cores_later(target::wait_for_connections, |core| {
                 for index in 0..core.cores {
                     core.send(index, Message::Call(Box::new(Core::stop)));
@@ -235,6 +236,11 @@ pub fn shutdown(core: &mut Core) {
             });
         });
     });
+}
+
+fn close_links(core: &mut Core) {
+    admin::close_all(core);
+    initiator::close_all(core);
 }
 
 fn termination_signals() -> libc::sigset_t {

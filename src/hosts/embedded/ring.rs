@@ -27,6 +27,8 @@ pub enum TagKind {
     Event = 5,
     /// Our own message to another ring failed: wake that core by its eventfd.
     WakeFailed = 6,
+    /// An admin queue of the initiator became ready.
+    AdminSocket = 7,
 }
 
 /// The 64 bits that travel with a ring entry: kind (8), slot (24), generation of the slot (32).
@@ -63,6 +65,7 @@ impl Tag {
             4 => TagKind::Listener,
             5 => TagKind::Event,
             6 => TagKind::WakeFailed,
+            7 => TagKind::AdminSocket,
             _ => TagKind::None,
         };
         Self {
@@ -274,6 +277,7 @@ mod tests {
             TagKind::Listener,
             TagKind::Event,
             TagKind::WakeFailed,
+            TagKind::AdminSocket,
         ] {
             let tag = Tag::new(kind, Tag::SLOT_MAX, u32::MAX - 1);
             assert_eq!(Tag::decode(tag.encode()), tag);

@@ -536,3 +536,6 @@ fn acknowledge_stopped(core: &mut Core) -> bool {
     }
     true
 }
+
+#[cfg(test)]
+mod tests;

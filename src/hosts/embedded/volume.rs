@@ -1,9 +1,11 @@
 //! The engine's volumes on one core. The core's loop calls the functions here; until a volume exists
 //! they have nothing to do.
 
+use super::admin::ControllerKey;
 use super::bdev::{BdevIo, IoError, IoResult, Ticket};
 use super::core::Core;
 use super::initiator::{QueueChange, QueueKey};
+use super::nvme_tcp::controller::ControllerEvent;
 
 /// The volumes of one core.
 #[derive(Default)]
@@ -39,6 +41,16 @@ pub fn link_event(
     _link: u64,
     _queue: QueueKey,
     _change: QueueChange,
+) {
+}
+
+/// News of a controller that the volume opened for a link.
+pub fn admin_event(
+    _core: &mut Core,
+    _volume: u32,
+    _link: u64,
+    _controller: ControllerKey,
+    _change: ControllerEvent,
 ) {
 }
 
