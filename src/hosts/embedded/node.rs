@@ -84,6 +84,9 @@ fn parse_mask(mask: &str) -> Option<Vec<usize>> {
     cpus.iter().all(|cpu| *cpu <= CPU_MAX).then_some(cpus)
 }
 
+/// An orderly shutdown takes no longer.
+const SHUTDOWN_LIMIT_MS: u64 = 10_000;
+
 pub struct NodeOptions {
     pub core_mask: CoreMask,
     /// SIGTERM and SIGINT shut this node down; a second one ends the process at once. For the one node
@@ -225,17 +228,24 @@ fn pin_to(cpu: usize) {
 /// Takes the node down in order, on core 0: hosts are turned away, volumes end what they hold, then the
 /// connections and the reactors go.
 pub fn shutdown(core: &mut Core) {
+    // Whatever does not end in time is left as a crash would leave it.
+    core.after(SHUTDOWN_LIMIT_MS, |core| {
+        tracing::error!("not everything ended within {SHUTDOWN_LIMIT_MS} ms");
+        stop_all(core);
+    });
     listener::close_all(core);
     core.on_all_cores(target::close_connections, |core| {
         volume::shutdown(core, |core| {
             core.on_all_cores(close_links, |_| {});
-            core.on_all_cores_later(target::wait_for_connections, |core| {
-                for index in 0..core.cores {
-                    core.send(index, Message::Call(Box::new(Core::stop)));
-                }
-            });
+            core.on_all_cores_later(target::wait_for_connections, stop_all);
         });
     });
+}
+
+fn stop_all(core: &mut Core) {
+    for index in 0..core.cores {
+        core.send(index, Message::Call(Box::new(Core::stop)));
+    }
 }
 
 fn close_links(core: &mut Core) {

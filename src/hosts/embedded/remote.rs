@@ -1,6 +1,8 @@
 //! NVMe bdevs: namespaces of controllers that this node is connected to, with an admin queue on core 0 and
-//! a queue pair on every core. Called by the control path (attach, detach) and by the core's dispatch for
-//! I/O. A connection that is lost is made again and again; I/O fails meanwhile.
+//! a queue pair on every core. Called by the control path (attach, detach); I/O is in `io.rs`. A connection
+//! that is lost is made again and again; I/O fails meanwhile.
+
+mod io;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -10,26 +12,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use uuid::Uuid;
 
 use super::admin::{self, ControllerKey};
-use super::bdev::{BdevId, BdevIo, BdevKind, BdevOp, IoError, IoResult, Owner, Ticket};
+use super::bdev::{BdevId, BdevKind};
 use super::core::{Acknowledgement, Core};
 use super::initiator::{self, OpenParameters, QueueChange, QueueKey, QueueOwner};
 use super::message::Message;
-use super::nvme_tcp::buffer::DataPointer;
-use super::nvme_tcp::command::{Sqe, io_opcode};
 use super::nvme_tcp::controller::{ControllerEvent, ControllerParameters, RemoteNamespace};
-use super::nvme_tcp::initiator::{InitiatorError, QueueParameters, SubmitError};
+use super::nvme_tcp::initiator::{InitiatorError, QueueParameters};
 use super::registry::{self, BdevError, BdevOrigin, Registration};
 use super::slab::{Key, Slab};
-
-/// One I/O in commands of what the controller takes, one after the other.
-struct RemoteIo {
-    ticket: Ticket,
-    io: BdevIo,
-    controller: u32,
-    namespace_id: u32,
-    block_size: u32,
-    done_blocks: u64,
-}
+use io::RemoteIo;
+pub use io::{go_on, poll, submit};
 
 /// This core's way to one controller.
 struct Path {
@@ -91,11 +83,6 @@ const RECONNECT_MS: u64 = 1_000;
 
 /// Longest transfer of one command where the controller names no limit.
 const TRANSFER_MAX_BYTES: u32 = 1 << 20;
-/// NLB has 16 bits, and is one less.
-const BLOCKS_MAX: u64 = 1 << 16;
-/// Dword 12 of Write Zeroes: deallocate (NVMe NVM Command Set 1.0, DEAC).
-const DEALLOCATE: u32 = 1 << 25;
-
 impl CoreRemotes {
     pub fn summaries(&self, core: &Core) -> Vec<RemoteSummary> {
         self.controllers
@@ -111,148 +98,6 @@ impl CoreRemotes {
                     .map_or(0, |controller| controller.controller_id()),
             })
             .collect()
-    }
-
-    /// I/O that found its queue full is started as far as there is room.
-    fn take_waiting(&mut self, available: impl Fn(QueueKey) -> usize) -> Option<Key> {
-        self.paths.values_mut().find_map(|path| {
-            let room = path.queue.map_or(0, &available);
-            if room > 0 || !path.up {
-                path.waiting.pop_front()
-            } else {
-                None
-            }
-        })
-    }
-}
-
-/// Starts an I/O of an NVMe bdev.
-pub fn submit(core: &mut Core, controller: u32, namespace_id: u32, ticket: Ticket, io: BdevIo) {
-    let block_size = core
-        .bdevs
-        .get(ticket.bdev)
-        .map_or(512, |bdev| bdev.block_size);
-    let key = core.remotes.ios.insert(RemoteIo {
-        ticket,
-        io,
-        controller,
-        namespace_id,
-        block_size,
-        done_blocks: 0,
-    });
-    step(core, key);
-}
-
-/// A command was answered: the next one, or the end of the I/O.
-pub fn go_on(core: &mut Core, key: Key, status: IoResult, dword0: u32) {
-    let Some(io) = core.remotes.ios.get_mut(key) else {
-        return;
-    };
-    if status.is_ok() {
-        io.done_blocks += io.next_blocks(transfer_of(&core.remotes.paths, io.controller));
-        if io.done_blocks < io.io.blocks && io.io.op != BdevOp::Flush {
-            return step(core, key);
-        }
-    }
-    if let Some(io) = core.remotes.ios.remove(key) {
-        core.complete(io.ticket, status, dword0);
-    }
-}
-
-fn transfer_of(paths: &BTreeMap<u32, Path>, controller: u32) -> u32 {
-    paths
-        .get(&controller)
-        .map_or(TRANSFER_MAX_BYTES, |path| path.max_transfer_bytes)
-}
-
-impl RemoteIo {
-    /// Blocks of the command that is under way or comes next.
-    fn next_blocks(&self, max_transfer_bytes: u32) -> u64 {
-        let limit = match self.io.op {
-            BdevOp::Read | BdevOp::Write { .. } => {
-                u64::from(max_transfer_bytes / self.block_size).clamp(1, BLOCKS_MAX)
-            }
-            _ => BLOCKS_MAX,
-        };
-        (self.io.blocks - self.done_blocks).min(limit)
-    }
-
-    fn command(&self, max_transfer_bytes: u32) -> Option<(Sqe, DataPointer)> {
-        let blocks = self.next_blocks(max_transfer_bytes);
-        let lba = self.io.lba + self.done_blocks;
-        let namespace_id = self.namespace_id;
-        let plain = |opcode, fua| Sqe::block_command(opcode, namespace_id, lba, blocks as u32, fua);
-        let data = || {
-            let offset_bytes = self.done_blocks * u64::from(self.block_size);
-            let length_bytes = blocks * u64::from(self.block_size);
-            self.io.data.part(
-                u32::try_from(offset_bytes).ok()?,
-                u32::try_from(length_bytes).ok()?,
-            )
-        };
-        let none = DataPointer::NONE;
-        Some(match self.io.op {
-            BdevOp::Read => (plain(io_opcode::READ, false), data()?),
-            BdevOp::Write { fua } => (plain(io_opcode::WRITE, fua), data()?),
-            BdevOp::WriteZeroes => (plain(io_opcode::WRITE_ZEROES, false), none),
-            BdevOp::Unmap => {
-                // Dataset Management promises nothing about what is read afterwards.
-                let mut sqe = plain(io_opcode::WRITE_ZEROES, false);
-                sqe.cdw10_15[2] |= DEALLOCATE;
-                (sqe, none)
-            }
-            BdevOp::Flush => {
-                let sqe = Sqe {
-                    opcode: io_opcode::FLUSH,
-                    nsid: namespace_id,
-                    ..Sqe::default()
-                };
-                (sqe, none)
-            }
-            BdevOp::Vendor { .. } => return None,
-        })
-    }
-}
-
-fn step(core: &mut Core, key: Key) {
-    let remotes = &mut core.remotes;
-    let Some(io) = remotes.ios.get(key) else {
-        return;
-    };
-    let path = remotes.paths.get_mut(&io.controller);
-    let ready = path.and_then(|path| Some((path.queue.filter(|_| path.up)?, path)));
-    let Some((queue, path)) = ready else {
-        return fail(core, key, libc::ENXIO);
-    };
-    let Some((sqe, data)) = io.command(path.max_transfer_bytes) else {
-        return fail(core, key, libc::EOPNOTSUPP);
-    };
-    match core.initiators.submit(queue, sqe, data, Owner::Remote(key)) {
-        Ok(()) => {}
-        Err(SubmitError::Busy) => path.waiting.push_back(key),
-        Err(SubmitError::NotReady) => fail(core, key, libc::ENXIO),
-    }
-}
-
-fn fail(core: &mut Core, key: Key, errno: i32) {
-    if let Some(io) = core.remotes.ios.remove(key) {
-        core.complete(io.ticket, Err(IoError::Errno(errno)), 0);
-    }
-}
-
-/// Once a round of the loop: I/O that found its queue full. Returns whether there was work.
-pub fn poll(core: &mut Core) -> bool {
-    let mut worked = false;
-    loop {
-        let initiators = &core.initiators;
-        let next = core
-            .remotes
-            .take_waiting(|queue| initiators.available(queue));
-        let Some(key) = next else {
-            return worked;
-        };
-        worked = true;
-        step(core, key);
     }
 }
 

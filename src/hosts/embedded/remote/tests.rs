@@ -1,8 +1,9 @@
 use std::time::{Duration, Instant};
 
+use super::super::bdev::{BdevIo, BdevOp, IoResult};
 use super::super::message::Answer;
 use super::super::node::{CoreMask, Node, NodeOptions};
-use super::super::nvme_tcp::buffer::AlignedBuf;
+use super::super::nvme_tcp::buffer::{AlignedBuf, DataPointer};
 use super::super::nvme_tcp::target::{ListenerAddress, NamespaceParameters, SubsystemParameters};
 use super::super::target;
 use super::*;
