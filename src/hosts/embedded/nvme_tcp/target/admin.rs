@@ -5,9 +5,11 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use super::TargetOptions;
+use super::association::ControllerLink;
 use super::io_command::find;
 use super::log_page::{self, Window};
-use super::state::{ControllerLink, Namespace, SharedTarget, lock};
+use super::state::{SharedTarget, lock};
+use super::subsystem::Namespace;
 use crate::hosts::embedded::nvme_tcp::command::{
     NSID_ALL, NvmeStatus, Sqe, VERSION_1_4, admin_opcode, cns, fabrics_type, feature,
     log_page as log, property,
@@ -214,7 +216,7 @@ impl AdminSession {
     }
 
     fn fabrics(&mut self, sqe: &Sqe, context: &AdminContext<'_>) -> Result<u64, NvmeStatus> {
-        let [attributes, offset, low, high, ..] = sqe.cdw10_15;
+        let [attributes, offset, value, ..] = sqe.cdw10_15;
         let is_eight_bytes = attributes & 7 == 1;
         match sqe.fabrics_type() {
             fabrics_type::PROPERTY_GET => match (offset, is_eight_bytes) {
@@ -225,8 +227,7 @@ impl AdminSession {
                 _ => Err(NvmeStatus::INVALID_FIELD),
             },
             fabrics_type::PROPERTY_SET if offset == property::CC && !is_eight_bytes => {
-                let _ = high;
-                self.set_configuration(low, context)
+                self.set_configuration(value, context)
             }
             fabrics_type::PROPERTY_SET => Err(NvmeStatus::INVALID_FIELD),
             fabrics_type::CONNECT => Err(NvmeStatus::COMMAND_SEQUENCE_ERROR),

@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::connection::TargetConnection;
-use super::state::{ListenerAddress, SharedTarget, lock};
+use super::state::{SharedTarget, lock};
+use super::subsystem::ListenerAddress;
 use super::{Backend, RequestHandle};
 use crate::hosts::embedded::nvme_tcp::buffer::BufferPool;
 use crate::hosts::embedded::nvme_tcp::command::NvmeStatus;

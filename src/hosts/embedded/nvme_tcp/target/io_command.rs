@@ -1,7 +1,7 @@
 //! Commands of I/O queues: checked against their namespace and turned into what the backend is asked.
 //! Pure functions; knows no connection.
 
-use super::state::{AnaState, Namespace};
+use super::subsystem::{AnaState, Namespace};
 use super::{IoKind, NamespaceHandle, NvmfIo};
 use crate::hosts::embedded::nvme_tcp::buffer::{BufferUser, DataPointer};
 use crate::hosts::embedded::nvme_tcp::command::{

@@ -1,6 +1,6 @@
 //! Log pages of the target, written into the window that the host asks for. Knows no sessions.
 
-use super::state::Namespace;
+use super::subsystem::Namespace;
 use crate::hosts::embedded::nvme_tcp::command::{NvmeStatus, admin_opcode, io_opcode};
 use crate::hosts::embedded::nvme_tcp::identify::{DISCOVERY_RECORD_BYTES, DiscoveryEntry};
 

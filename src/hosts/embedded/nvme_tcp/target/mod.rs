@@ -3,20 +3,24 @@
 //! [`Backend`]'s business.
 
 mod admin;
+mod association;
 mod connection;
 mod core;
+mod execute;
 mod io_command;
 mod log_page;
 mod slot;
 mod state;
+mod subsystem;
 #[cfg(test)]
 mod tests;
 
 pub use self::core::TargetCore;
 pub use connection::TargetConnection;
-pub use state::{
-    AnaState, ListenerAddress, Namespace, NamespaceParameters, SharedTarget, SubsystemParameters,
-    SubsystemSummary, TargetError, TargetState,
+pub use state::{SharedTarget, TargetState};
+pub use subsystem::{
+    AnaState, ListenerAddress, Namespace, NamespaceParameters, SubsystemParameters,
+    SubsystemSummary, TargetError,
 };
 
 use super::buffer::DataPointer;
