@@ -20,6 +20,14 @@ struct Listener {
     socket: TcpListener,
 }
 
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // The ring's poll may hold the socket a moment longer than we do; nobody is to be let in by then.
+        // SAFETY: a plain system call on a descriptor that we own; an error leaves what close does.
+        unsafe { libc::shutdown(self.socket.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+}
+
 /// Filled on core 0 only.
 #[derive(Default)]
 pub struct Listeners {

@@ -347,6 +347,33 @@ fn a_port_in_use_is_an_error_after_a_while_and_one_that_becomes_free_is_taken() 
 }
 
 #[test]
+fn a_listener_that_is_removed_lets_nobody_in_from_then_on() {
+    let rig = Rig::new(1);
+    for _ in 0..20 {
+        let begun = rig
+            .node
+            .handle()
+            .ask(0, |core, answer: Answer<_>| {
+                let wanted = ListenerAddress::tcp("127.0.0.2", "0");
+                add_listener(core, NQN, &wanted, |core, result| {
+                    let local = result.unwrap();
+                    // A round of the loop later the ring watches it.
+                    core.after(1, move |core| {
+                        let port = local.port().to_string();
+                        let taken = ListenerAddress::tcp("127.0.0.2", &port);
+                        let removed = remove_listener(core, NQN, &taken);
+                        let refused = TcpStream::connect(local).is_err();
+                        answer.send((removed.is_ok(), refused));
+                    });
+                });
+            })
+            .unwrap();
+        assert_eq!(begun, (true, true));
+    }
+    rig.node.shutdown().unwrap();
+}
+
+#[test]
 fn a_namespace_handle_names_its_bdev() {
     let id = BdevId {
         index: 7,
