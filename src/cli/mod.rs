@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+pub mod demo;
 pub mod meta;
 pub mod status;
 pub mod tgt;
@@ -32,6 +33,8 @@ enum Command {
     /// Create, show and check metadata on a file or device that no target uses
     #[command(subcommand)]
     Meta(meta::MetaCommand),
+    /// Replicate a file system between two nodes of this machine, through a cut link and a killed node
+    Demo(demo::DemoArguments),
 }
 
 /// Runs the command and returns its exit code.
@@ -40,6 +43,7 @@ pub fn main() -> ExitCode {
         Command::Tgt(arguments) => tgt::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Meta(command) => meta::run(command),
+        Command::Demo(arguments) => demo::run(&arguments),
     }
 }
 
