@@ -569,3 +569,6 @@ impl<S: Socket> InitiatorQueue<S> {
         self.free.push(index);
     }
 }
+
+#[cfg(test)]
+mod tests;

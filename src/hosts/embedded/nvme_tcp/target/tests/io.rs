@@ -328,3 +328,28 @@ fn memory_stays_until_the_disk_has_answered_though_the_host_is_gone() {
     lab.core.complete(request, NvmeStatus::SUCCESS, 0);
     assert!(again.read(&mut lab, 0, 131_072).is_ok());
 }
+
+#[test]
+fn an_answer_given_twice_does_not_answer_the_next_request_in_its_place() {
+    let mut lab = Lab::new(TargetOptions::default());
+    let mut host = lab.connect(false, false);
+    lab.disk.frozen = true;
+    let flush = Sqe {
+        opcode: io_opcode::FLUSH,
+        nsid: 1,
+        ..Sqe::default()
+    };
+    host.queue.submit(flush, DataPointer::NONE, 1).unwrap();
+    assert!(host.turn(&mut lab).is_empty());
+    let (_, _, first) = lab.disk.queued.pop_front().unwrap();
+    lab.core.complete(first, NvmeStatus::SUCCESS, 0);
+    assert_eq!(host.turn(&mut lab).len(), 1);
+    host.queue.submit(flush, DataPointer::NONE, 2).unwrap();
+    assert!(host.turn(&mut lab).is_empty());
+    let (_, _, second) = lab.disk.queued[0];
+    assert_eq!(first.slot, second.slot, "or this shows nothing");
+    lab.core.complete(first, NvmeStatus::SUCCESS, 0);
+    assert!(host.turn(&mut lab).is_empty());
+    lab.core.complete(second, NvmeStatus::SUCCESS, 0);
+    assert_eq!(host.turn(&mut lab).len(), 1);
+}
