@@ -65,6 +65,11 @@ impl<H: Host> Manager<H> {
         }
     }
 
+    /// The node id of the peer in a slot.
+    pub fn peer_node(&self, slot: PeerSlot) -> Option<u8> {
+        self.peers[slot].node_id
+    }
+
     fn report_peer(&self, cx: &H, slot: PeerSlot) -> Option<PeerReport> {
         let peer = &self.peers[slot];
         let view = &self.view.peers[slot];

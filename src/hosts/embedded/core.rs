@@ -229,7 +229,7 @@ impl Core {
 
     /// The engine's messages.
     pub fn send_volume(&mut self, core: usize, message: VolumeMessage) {
-        self.send(core, Message::Volume(message));
+        self.send(core, Message::Volume(Box::new(message)));
     }
 
     /// Control path: runs `f` on every core, this one too; `then` runs here when all have run it.
@@ -372,7 +372,7 @@ impl Core {
             match self.reactor.receive() {
                 None => return taken > 0,
                 Some(Message::Call(call)) => call(self),
-                Some(Message::Volume(message)) => volume::message(self, message),
+                Some(Message::Volume(message)) => volume::message(self, *message),
             }
         }
         true

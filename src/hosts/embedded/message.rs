@@ -19,7 +19,7 @@ pub enum Message {
     /// Control path: run this on that core.
     Call(Box<dyn FnOnce(&mut Core) + Send>),
     /// The engine's own messages.
-    Volume(VolumeMessage),
+    Volume(Box<VolumeMessage>),
 }
 
 /// How many messages a core's ring holds; senders keep what does not fit and try again.

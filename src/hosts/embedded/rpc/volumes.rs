@@ -1,23 +1,16 @@
-//! Volume requests on the embedded host, until its volumes exist: there are none.
-
-use serde_json::json;
+//! Volume requests on the embedded host: handed to its volumes.
 
 use crate::hosts::embedded::core::Core;
+use crate::hosts::embedded::volume;
+use crate::rpc::Reply;
 use crate::rpc::volume::{VolumeRequest, VolumeService};
-use crate::rpc::{Reply, RpcError, volume};
 
 impl VolumeService for Core {
     fn volume_request(&mut self, request: VolumeRequest, reply: Reply) {
-        match request {
-            VolumeRequest::GetVolumes { name: None } => reply.ok(json!([])),
-            VolumeRequest::GetVolumes { name: Some(name) } => reply.fail(volume::no_volume(&name)),
-            _ => reply.fail(RpcError::not_supported(
-                "volumes are not part of this build yet",
-            )),
-        }
+        volume::request(self, request, reply);
     }
 
     fn volume_config(&self) -> Vec<VolumeRequest> {
-        Vec::new()
+        volume::config(self)
     }
 }
