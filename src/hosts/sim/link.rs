@@ -1,0 +1,72 @@
+//! The queue pairs from one node to a peer: commands arrive in order on each, are answered in any order, and may arrive
+//! long after the sender has given the link up.
+
+use std::collections::BTreeMap;
+
+use super::memory::Payload;
+use super::node::Core;
+use crate::host::{Data, Token};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    Closed,
+    Opening,
+    Up,
+    Closing,
+}
+
+/// A command that the sender waits for.
+pub struct Outstanding {
+    pub core: usize,
+    pub token: Token,
+    pub data: Data<Core>,
+}
+
+/// One node's link to one peer.
+pub struct Link {
+    pub state: LinkState,
+    /// Of the current or the last connection; unique in the world.
+    pub id: u64,
+    /// The node at the other end.
+    pub target: usize,
+    pub outstanding: BTreeMap<u64, Outstanding>,
+    /// Per queue pair: when the last command arrives.
+    pub last_arrival_ns: Vec<u64>,
+}
+
+impl Link {
+    pub fn new(cores: usize) -> Link {
+        Link {
+            state: LinkState::Closed,
+            id: 0,
+            target: 0,
+            outstanding: BTreeMap::new(),
+            last_arrival_ns: vec![0; cores],
+        }
+    }
+}
+
+/// A received command: where its answer goes.
+pub struct PeerIo {
+    pub command: u64,
+    pub from: usize,
+    pub from_incarnation: u64,
+    pub link: u64,
+    pub slot: usize,
+    /// Where the answer's data is put, if it has any.
+    pub response: Option<Payload>,
+}
+
+/// A command on its way.
+pub struct Transit {
+    pub from: usize,
+    pub to: usize,
+    pub to_incarnation: u64,
+    pub core: usize,
+    pub opcode: u8,
+    pub words: crate::engine::peer::command::CommandWords,
+    pub data: Vec<u8>,
+    /// Bytes of data, in either direction.
+    pub data_len: u32,
+    pub io: PeerIo,
+}

@@ -1,0 +1,212 @@
+//! A node: its disk, its links, and the engine's objects while it runs. [`Core`] is the context that the engine gets;
+//! what it asks for is queued there and done by the world after the engine has returned.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::disk::Disk;
+use super::link::{Link, LinkState, PeerIo};
+use super::memory::{Buffer, Payload};
+use super::random::Random;
+use crate::engine::MAX_PEERS;
+use crate::engine::channel::Channel;
+use crate::engine::manager::Manager;
+use crate::engine::message::{OrderId, OrderOutcome, ToChannel, ToManager};
+use crate::engine::open::Opener;
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::command::{CommandWords, PeerCommand};
+use crate::engine::volume::Shared;
+use crate::host::{
+    AppStatus, ChannelId, Data, DiskIo, Host, PeerAddress, PeerRefusal, PeerSlot, Token,
+};
+
+/// What the engine has asked for.
+pub enum Action {
+    Disk(Token, DiskIo, Data<Core>),
+    Peer {
+        slot: PeerSlot,
+        token: Token,
+        opcode: u8,
+        words: CommandWords,
+        data: Data<Core>,
+        data_len: usize,
+    },
+    Finish(u64, AppStatus),
+    Answer(PeerIo, PeerAnswer),
+    ToManager(ToManager<Core>),
+    ToChannel(ChannelId, ToChannel<Core>),
+    LinkOpen(PeerSlot, PeerAddress),
+    LinkClose(PeerSlot),
+    DiskClose,
+    Ordered(OrderId, OrderOutcome),
+}
+
+/// One core's context of one volume.
+pub struct Core {
+    pub now_ns: u64,
+    pub random: Random,
+    /// Chance in percent that a resource is not to be had.
+    pub scarcity_percent: u64,
+    pub links_up: [bool; MAX_PEERS],
+    pub actions: Vec<Action>,
+}
+
+impl Core {
+    fn is_scarce(&mut self) -> bool {
+        self.scarcity_percent > 0 && self.random.chance(self.scarcity_percent)
+    }
+}
+
+impl Host for Core {
+    type Payload = Payload;
+    type Buffer = Buffer;
+    type Io = u64;
+    type PeerIo = PeerIo;
+
+    fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    fn random(&mut self) -> u64 {
+        self.random.next()
+    }
+
+    fn buffer(&mut self, len: usize) -> Option<Buffer> {
+        assert!(
+            len > 0 && len.is_multiple_of(4096),
+            "a buffer of {len} bytes"
+        );
+        (!self.is_scarce()).then(|| Buffer(vec![0xaa; len]))
+    }
+
+    fn read_payload(&self, payload: &Payload) -> Vec<u8> {
+        payload.bytes().clone()
+    }
+
+    fn disk(&mut self, token: Token, io: DiskIo, data: Data<Self>) -> Result<(), Data<Self>> {
+        if self.is_scarce() {
+            return Err(data);
+        }
+        self.actions.push(Action::Disk(token, io, data));
+        Ok(())
+    }
+
+    fn disk_release(&mut self) {}
+
+    fn peer(
+        &mut self,
+        slot: PeerSlot,
+        token: Token,
+        command: &PeerCommand,
+        data: Data<Self>,
+        data_len: usize,
+    ) -> Result<(), PeerRefusal<Self>> {
+        if !self.links_up[slot] {
+            return Err(PeerRefusal::Down(data));
+        }
+        if self.is_scarce() {
+            return Err(PeerRefusal::Later(data));
+        }
+        self.actions.push(Action::Peer {
+            slot,
+            token,
+            opcode: command.opcode(),
+            words: command.emit(),
+            data,
+            data_len,
+        });
+        Ok(())
+    }
+
+    fn finish(&mut self, io: u64, status: AppStatus) {
+        self.actions.push(Action::Finish(io, status));
+    }
+
+    fn answer(&mut self, io: PeerIo, answer: PeerAnswer) {
+        self.actions.push(Action::Answer(io, answer));
+    }
+
+    fn to_manager(&mut self, message: ToManager<Self>) {
+        self.actions.push(Action::ToManager(message));
+    }
+
+    fn to_channel(&mut self, channel: ChannelId, message: ToChannel<Self>) {
+        self.actions.push(Action::ToChannel(channel, message));
+    }
+
+    fn link_open(&mut self, slot: PeerSlot, address: &PeerAddress) {
+        self.actions.push(Action::LinkOpen(slot, address.clone()));
+    }
+
+    fn link_close(&mut self, slot: PeerSlot) {
+        // From here on nothing can be sent.
+        self.links_up[slot] = false;
+        self.actions.push(Action::LinkClose(slot));
+    }
+
+    fn disk_close(&mut self) {
+        self.actions.push(Action::DiskClose);
+    }
+
+    fn ordered(&mut self, id: OrderId, outcome: OrderOutcome) {
+        self.actions.push(Action::Ordered(id, outcome));
+    }
+}
+
+/// A disk I/O that the device is executing.
+pub struct DiskWork {
+    pub core: usize,
+    pub token: Token,
+    pub io: DiskIo,
+    pub data: Data<Core>,
+    /// The disk's order when it was submitted.
+    pub submitted: u64,
+}
+
+/// The engine of a volume.
+pub struct Engine {
+    pub shared: Arc<Shared>,
+    pub manager: Manager<Core>,
+    pub channels: Vec<Channel<Core>>,
+}
+
+/// One machine.
+pub struct Node {
+    pub disk: Disk,
+    /// Counts starts: what belongs to an earlier one is void.
+    pub incarnation: u64,
+    pub running: bool,
+    pub engine: Option<Engine>,
+    pub opener: Option<Opener<Core>>,
+    /// The engine has the disk.
+    pub disk_open: bool,
+    pub disk_work: BTreeMap<u64, DiskWork>,
+    pub links: Vec<Link>,
+    /// Received commands that were not answered, with their opcode.
+    pub unanswered: BTreeMap<u64, u8>,
+    pub outcomes: BTreeMap<OrderId, OrderOutcome>,
+    /// When the last message between two places of this node arrives.
+    pub message_ns: BTreeMap<(usize, usize), u64>,
+}
+
+impl Node {
+    pub fn new(disk: Disk, cores: usize) -> Node {
+        Node {
+            disk,
+            incarnation: 0,
+            running: false,
+            engine: None,
+            opener: None,
+            disk_open: false,
+            disk_work: BTreeMap::new(),
+            links: (0..MAX_PEERS).map(|_| Link::new(cores)).collect(),
+            unanswered: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
+            message_ns: BTreeMap::new(),
+        }
+    }
+
+    pub fn links_up(&self) -> [bool; MAX_PEERS] {
+        std::array::from_fn(|slot| self.links[slot].state == LinkState::Up)
+    }
+}

@@ -1,0 +1,3 @@
+//! The engine in simulated clusters.
+
+mod basic;

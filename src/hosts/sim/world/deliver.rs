@@ -1,0 +1,445 @@
+//! Delivers events to the engines and does what they ask for.
+
+use super::{Event, MANAGER, OPENER, POLL_NS, What, World};
+use crate::engine::channel::TOKEN_MANAGER;
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::command::{DataDirection, PeerCommand, data_direction, opcode};
+use crate::host::{Completion, Data, DiskIo, DiskOp, IoStatus, PeerAddress, Token};
+use crate::hosts::sim::link::{LinkState, Outstanding, PeerIo, Transit};
+use crate::hosts::sim::memory::Payload;
+use crate::hosts::sim::node::{Action, Core, DiskWork};
+
+/// How long an attempt to connect to nobody takes.
+const REFUSED_NS: u64 = 1_000_000;
+const UNREACHABLE_NS: u64 = 100_000_000;
+
+impl World {
+    pub(super) fn deliver(&mut self, event: Event) {
+        let Event {
+            node,
+            incarnation,
+            what,
+        } = event;
+        if self.nodes[node].incarnation != incarnation {
+            return;
+        }
+        match what {
+            What::Poll => self.poll(node),
+            What::DiskDone(id) => self.disk_done(node, id),
+            What::ToManager(message) => {
+                self.with_manager(node, |manager, cx| manager.message(cx, message));
+            }
+            What::ToChannel(channel, message) => {
+                self.with_channel(node, channel, |channel, cx| channel.message(cx, message));
+            }
+            What::LinkTried { slot, id } => self.link_tried(node, slot, id),
+            What::LinkReset { slot, id } => {
+                let link = &self.nodes[node].links[slot];
+                if link.id == id && matches!(link.state, LinkState::Up | LinkState::Opening) {
+                    self.close_link(node, slot);
+                }
+            }
+            What::LinkGone { slot, command } => {
+                let outstanding = self.nodes[node].links[slot].outstanding.remove(&command);
+                if let Some(outstanding) = outstanding {
+                    self.complete_peer(node, outstanding, IoStatus::Gone, PeerAnswer::Ok, None);
+                }
+            }
+            What::LinkDown { slot, id } => {
+                let link = &mut self.nodes[node].links[slot];
+                assert!(link.id == id && link.outstanding.is_empty());
+                link.state = LinkState::Closed;
+                self.note(node, || format!("link {slot} is down"));
+                self.with_manager(node, |manager, cx| manager.link_down(cx, slot, "reset"));
+            }
+            What::Arrived(transit) => self.arrived(node, *transit),
+            What::Answered {
+                slot,
+                link,
+                command,
+                answer,
+                data,
+            } => {
+                let current = &mut self.nodes[node].links[slot];
+                if current.id == link
+                    && current.state == LinkState::Up
+                    && let Some(outstanding) = current.outstanding.remove(&command)
+                {
+                    self.complete_peer(node, outstanding, IoStatus::Ok, answer, data);
+                }
+            }
+            What::Submit(id) => self.offer(id),
+        }
+    }
+
+    fn poll(&mut self, node: usize) {
+        if !self.nodes[node].running {
+            return;
+        }
+        if self.nodes[node].opener.is_some() {
+            self.call(node, MANAGER, |node, cx| {
+                if let Some(opener) = &mut node.opener {
+                    opener.poll(cx).expect("the device is large enough");
+                }
+            });
+        }
+        self.with_manager(node, |manager, cx| manager.poll(cx));
+        let mut idle = true;
+        for channel in 0..self.config.cores {
+            self.with_channel(node, channel, |channel, cx| {
+                channel.poll(cx);
+                idle &= channel.is_idle();
+            });
+        }
+        let next_ns = if idle { POLL_NS } else { super::BUSY_POLL_NS };
+        self.schedule_here(node, next_ns, What::Poll);
+    }
+
+    pub(super) fn act(&mut self, node: usize, place: usize, action: Action) {
+        let core = if place == MANAGER { 0 } else { place };
+        match action {
+            Action::Disk(token, io, data) => self.start_disk(node, core, token, io, data),
+            Action::Peer {
+                slot,
+                token,
+                opcode,
+                words,
+                data,
+                data_len,
+            } => {
+                let target = self.nodes[node].links[slot].target;
+                let command = self.id();
+                let sent = match (&data, data_direction(opcode)) {
+                    (_, DataDirection::ControllerToHost) | (Data::None, _) => Vec::new(),
+                    (Data::Payload(memory), _) => memory.bytes()[..data_len].to_vec(),
+                    (Data::Buffer(buffer), _) => buffer.0[..data_len].to_vec(),
+                };
+                let incarnation = self.nodes[node].incarnation;
+                let link = &mut self.nodes[node].links[slot];
+                link.outstanding
+                    .insert(command, Outstanding { core, token, data });
+                let transit = Transit {
+                    from: node,
+                    to: target,
+                    to_incarnation: self.nodes[target].incarnation,
+                    core: core % self.config.cores,
+                    opcode,
+                    words,
+                    data: sent,
+                    data_len: data_len as u32,
+                    io: PeerIo {
+                        command,
+                        from: node,
+                        from_incarnation: incarnation,
+                        link: self.nodes[node].links[slot].id,
+                        slot,
+                        response: None,
+                    },
+                };
+                let delay_ns = self.delay_ns();
+                let last = &mut self.nodes[node].links[slot].last_arrival_ns[core];
+                let at_ns = (self.now_ns + delay_ns).max(*last + 1);
+                *last = at_ns;
+                self.schedule(
+                    at_ns,
+                    Event {
+                        node: target,
+                        incarnation: transit.to_incarnation,
+                        what: What::Arrived(Box::new(transit)),
+                    },
+                );
+            }
+            Action::Finish(id, status) => self.finished(id, status),
+            Action::Answer(io, answer) => self.answered(node, io, answer),
+            Action::ToManager(message) => {
+                self.send_message(node, place, MANAGER, What::ToManager(message));
+            }
+            Action::ToChannel(channel, message) => {
+                self.send_message(node, place, channel, What::ToChannel(channel, message));
+            }
+            Action::LinkOpen(slot, address) => self.open_link(node, slot, &address),
+            Action::LinkClose(slot) => self.close_link(node, slot),
+            Action::DiskClose => {
+                let work = &self.nodes[node].disk_work;
+                assert!(work.is_empty(), "the disk was let go with I/O on it");
+                self.nodes[node].disk_open = false;
+            }
+            Action::Ordered(id, outcome) => {
+                self.note(node, || format!("order {id} ended: {outcome:?}"));
+                let earlier = self.nodes[node].outcomes.insert(id, outcome);
+                assert!(earlier.is_none(), "order {id} ended twice");
+            }
+        }
+    }
+
+    /// A network or a device is usually quick, and sometimes not.
+    fn delay_ns(&mut self) -> u64 {
+        match self.random.below(20) {
+            0 => self.random.between(200_000, 3_000_000),
+            1..5 => self.random.between(50_000, 200_000),
+            _ => self.random.between(5_000, 50_000),
+        }
+    }
+
+    fn send_message(&mut self, node: usize, from: usize, to: usize, what: What) {
+        let delay_ns = match self.random.below(20) {
+            0 => self.random.between(20_000, 2_000_000),
+            _ => self.random.between(200, 20_000),
+        };
+        let last = self.nodes[node].message_ns.entry((from, to)).or_default();
+        let at_ns = (self.now_ns + delay_ns).max(*last + 1);
+        *last = at_ns;
+        self.schedule_here(node, at_ns - self.now_ns, what);
+    }
+
+    fn start_disk(&mut self, node: usize, core: usize, token: Token, io: DiskIo, data: Data<Core>) {
+        assert!(
+            self.nodes[node].disk_open,
+            "{io:?} on a disk that was let go"
+        );
+        if is_write(&io) {
+            let end = io.offset + io.len;
+            let other = self.nodes[node].disk_work.values().find(|other| {
+                is_write(&other.io)
+                    && other.io.offset < end
+                    && io.offset < other.io.offset + other.io.len
+            });
+            if let Some(other) = other {
+                panic!(
+                    "writes that overlap are in flight on node {node}: {:?} and {io:?}",
+                    other.io
+                );
+            }
+        }
+        let id = self.id();
+        let submitted = self.nodes[node].disk.order();
+        self.nodes[node].disk_work.insert(
+            id,
+            DiskWork {
+                core,
+                token,
+                io,
+                data,
+                submitted,
+            },
+        );
+        let delay_ns = self.delay_ns();
+        self.schedule_here(node, delay_ns, What::DiskDone(id));
+    }
+
+    fn disk_done(&mut self, node: usize, id: u64) {
+        let Some(mut work) = self.nodes[node].disk_work.remove(&id) else {
+            return;
+        };
+        let disk = &mut self.nodes[node].disk;
+        let len = work.io.len as usize;
+        let read = match (&work.io.op, &work.data) {
+            (DiskOp::Write { .. }, Data::Payload(memory)) => {
+                disk.execute(work.io, work.submitted, &memory.bytes()[..len])
+            }
+            (DiskOp::Write { .. }, Data::Buffer(buffer)) => {
+                disk.execute(work.io, work.submitted, &buffer.0[..len])
+            }
+            (DiskOp::Write { .. }, Data::None) => panic!("a write without data"),
+            _ => disk.execute(work.io, work.submitted, &[]),
+        };
+        if work.io.op == DiskOp::Read {
+            match &mut work.data {
+                Data::Payload(memory) => memory.write(&read),
+                Data::Buffer(buffer) => buffer.0[..len].copy_from_slice(&read),
+                Data::None => panic!("a read without memory"),
+            }
+        }
+        let completion = Completion {
+            token: work.token,
+            status: IoStatus::Ok,
+            answer: PeerAnswer::Ok,
+            data: work.data,
+        };
+        self.complete(node, work.core, completion);
+    }
+
+    fn complete(&mut self, node: usize, core: usize, completion: Completion<Core>) {
+        if completion.token == OPENER {
+            let opener = self.nodes[node].opener.as_mut().expect("it is at work");
+            match opener.complete(completion) {
+                Ok(None) => {}
+                Ok(Some(opened)) => return self.opened(node, opened),
+                Err(error) => panic!("node {node} cannot be opened: {error}"),
+            }
+            return self.call(node, MANAGER, |node, cx| {
+                if let Some(opener) = &mut node.opener {
+                    opener.poll(cx).expect("the device is large enough");
+                }
+            });
+        }
+        if completion.token.0 & TOKEN_MANAGER != 0 {
+            self.with_manager(node, |manager, cx| manager.complete(cx, completion));
+        } else {
+            self.with_channel(node, core, |channel, cx| channel.complete(cx, completion));
+        }
+    }
+
+    fn complete_peer(
+        &mut self,
+        node: usize,
+        outstanding: Outstanding,
+        status: IoStatus,
+        answer: PeerAnswer,
+        data: Option<Vec<u8>>,
+    ) {
+        let Outstanding {
+            core,
+            token,
+            data: mut own,
+        } = outstanding;
+        match (&mut own, data) {
+            (Data::Payload(memory), Some(bytes)) => memory.write(&bytes),
+            (Data::Payload(memory), None) => drop(memory.bytes()),
+            (Data::Buffer(buffer), Some(bytes)) => buffer.0[..bytes.len()].copy_from_slice(&bytes),
+            _ => {}
+        }
+        let completion = Completion {
+            token,
+            status,
+            answer,
+            data: own,
+        };
+        self.complete(node, core, completion);
+    }
+
+    fn arrived(&mut self, node: usize, mut transit: Transit) {
+        let incarnation = transit.to_incarnation;
+        if self.catching == Some(transit.opcode) {
+            self.caught.push(Event {
+                node,
+                incarnation,
+                what: What::Arrived(Box::new(transit)),
+            });
+            return;
+        }
+        if let Some(waiting) = self.blocked.get_mut(&(transit.from, node)) {
+            waiting.push(Event {
+                node,
+                incarnation,
+                what: What::Arrived(Box::new(transit)),
+            });
+            return;
+        }
+        if self.nodes[node].engine.is_none() {
+            return;
+        }
+        let op = transit.opcode;
+        let command = PeerCommand::parse(op, &transit.words, transit.data_len)
+            .unwrap_or_else(|error| panic!("node {} sent nonsense: {error}", transit.from));
+        self.note(node, || {
+            format!(
+                "from {} as {}: {command:?}",
+                transit.from, transit.io.command
+            )
+        });
+        let payload = match data_direction(op) {
+            DataDirection::HostToController => {
+                Some(Payload::new(std::mem::take(&mut transit.data)))
+            }
+            DataDirection::ControllerToHost => {
+                let room = Payload::new(vec![0; transit.data_len as usize]);
+                transit.io.response = Some(room.clone());
+                Some(room)
+            }
+            _ => None,
+        };
+        self.nodes[node].unanswered.insert(transit.io.command, op);
+        self.with_channel(node, transit.core, |channel, cx| {
+            channel.received(cx, command, payload, transit.io);
+        });
+    }
+
+    fn answered(&mut self, node: usize, io: PeerIo, answer: PeerAnswer) {
+        let known = self.nodes[node].unanswered.remove(&io.command);
+        let Some(op) = known else {
+            panic!("command {} was answered twice", io.command);
+        };
+        self.note(node, || format!("answers {}: {answer:?}", io.command));
+        self.fenced += u64::from(answer == PeerAnswer::Fenced);
+        let answer = PeerAnswer::from_dword0(answer.to_dword0());
+        let data = match (&io.response, answer) {
+            (Some(memory), PeerAnswer::Ok) => Some(memory.take_back()),
+            _ => None,
+        };
+        if op == opcode::RESYNC_READ {
+            self.resynced_bytes += data.as_ref().map_or(0, |data| data.len() as u64);
+        }
+        let event = Event {
+            node: io.from,
+            incarnation: io.from_incarnation,
+            what: What::Answered {
+                slot: io.slot,
+                link: io.link,
+                command: io.command,
+                answer,
+                data,
+            },
+        };
+        if let Some(waiting) = self.blocked.get_mut(&(node, io.from)) {
+            waiting.push(event);
+        } else {
+            let at_ns = self.now_ns + self.delay_ns();
+            self.schedule(at_ns, event);
+        }
+    }
+
+    fn open_link(&mut self, node: usize, slot: usize, address: &PeerAddress) {
+        let id = self.id();
+        let target = address.traddr.trim_start_matches("node-").parse();
+        let link = &mut self.nodes[node].links[slot];
+        assert_eq!(link.state, LinkState::Closed, "a link was opened twice");
+        link.state = LinkState::Opening;
+        link.id = id;
+        link.target = target.expect("an address of this world");
+        let delay_ns = self.delay_ns();
+        self.schedule_here(node, delay_ns, What::LinkTried { slot, id });
+    }
+
+    fn link_tried(&mut self, node: usize, slot: usize, id: u64) {
+        let link = &self.nodes[node].links[slot];
+        if link.id != id || link.state != LinkState::Opening {
+            return;
+        }
+        let target = link.target;
+        let unreachable = self.blocked.contains_key(&(node, target))
+            || self.blocked.contains_key(&(target, node));
+        if !unreachable && self.nodes[target].engine.is_some() {
+            self.nodes[node].links[slot].state = LinkState::Up;
+            self.note(node, || format!("link {slot} is up"));
+            return self.with_manager(node, |manager, cx| manager.link_up(cx, slot));
+        }
+        self.nodes[node].links[slot].state = LinkState::Closing;
+        let delay_ns = if unreachable {
+            UNREACHABLE_NS
+        } else {
+            REFUSED_NS
+        };
+        self.schedule_here(node, delay_ns, What::LinkDown { slot, id });
+    }
+
+    /// Resets a link: what is outstanding is gone, then the link is down.
+    pub(super) fn close_link(&mut self, node: usize, slot: usize) {
+        let link = &mut self.nodes[node].links[slot];
+        if matches!(link.state, LinkState::Closing | LinkState::Closed) {
+            return;
+        }
+        link.state = LinkState::Closing;
+        let id = link.id;
+        let commands: Vec<u64> = link.outstanding.keys().copied().collect();
+        for command in commands {
+            let delay_ns = self.random.below(100_000);
+            self.schedule_here(node, delay_ns, What::LinkGone { slot, command });
+        }
+        self.schedule_here(node, 100_001, What::LinkDown { slot, id });
+    }
+}
+
+fn is_write(io: &DiskIo) -> bool {
+    !matches!(io.op, DiskOp::Read | DiskOp::Flush)
+}

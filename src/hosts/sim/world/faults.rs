@@ -1,0 +1,164 @@
+//! What goes wrong: cut and reset links, killed nodes, lost power.
+
+use super::{Event, What, World};
+use crate::host::Data;
+use crate::hosts::sim::link::{Link, LinkState};
+use crate::hosts::sim::memory::Payload;
+
+impl World {
+    /// Nothing passes between two nodes any more, and nobody is told.
+    pub fn cut(&mut self, one: usize, other: usize) {
+        self.note(one, || format!("cut from {other}"));
+        self.cut_one_way(one, other);
+        self.cut_one_way(other, one);
+    }
+
+    /// Nothing passes from one node to another.
+    pub fn cut_one_way(&mut self, from: usize, to: usize) {
+        self.blocked.entry((from, to)).or_default();
+    }
+
+    /// The way is free again. What was stopped on it arrives now, if its connection lives; else it may, late.
+    pub fn heal(&mut self, one: usize, other: usize) {
+        self.note(one, || format!("healed with {other}"));
+        for ends in [(one, other), (other, one)] {
+            let Some(stopped) = self.blocked.remove(&ends) else {
+                continue;
+            };
+            let mut at_ns = self.now_ns;
+            for event in stopped {
+                if self.is_alive(&event) || self.random.chance(50) {
+                    at_ns += self.random.below(100_000);
+                    self.schedule(at_ns, event);
+                }
+            }
+        }
+    }
+
+    pub fn is_cut(&self, one: usize, other: usize) -> bool {
+        self.blocked.contains_key(&(one, other)) || self.blocked.contains_key(&(other, one))
+    }
+
+    fn is_alive(&self, event: &Event) -> bool {
+        let (node, incarnation, slot, id) = match &event.what {
+            What::Arrived(transit) => (
+                transit.from,
+                transit.io.from_incarnation,
+                transit.io.slot,
+                transit.io.link,
+            ),
+            What::Answered { slot, link, .. } => (event.node, event.incarnation, *slot, *link),
+            _ => return false,
+        };
+        let link = &self.nodes[node].links[slot];
+        self.nodes[node].incarnation == incarnation && link.id == id && link.state == LinkState::Up
+    }
+
+    /// Both ends learn at once that their connections are gone.
+    pub fn reset(&mut self, one: usize, other: usize) {
+        self.note(one, || format!("reset with {other}"));
+        for (from, to) in [(one, other), (other, one)] {
+            for slot in 0..self.nodes[from].links.len() {
+                let link = &self.nodes[from].links[slot];
+                if link.target == to && matches!(link.state, LinkState::Up | LinkState::Opening) {
+                    let id = link.id;
+                    let delay_ns = self.random.below(1_000_000);
+                    self.schedule_here(from, delay_ns, What::LinkReset { slot, id });
+                }
+            }
+        }
+    }
+
+    /// SIGKILL: the engine is gone at once; its peers are told by their transport.
+    pub fn kill(&mut self, node: usize) {
+        self.note(node, || "killed".to_owned());
+        self.stop(node, false);
+        for other in 0..self.nodes.len() {
+            if other != node && !self.is_cut(node, other) {
+                self.reset(node, other);
+            }
+        }
+    }
+
+    /// The engine is gone, and so is what the disk had not flushed; nobody is told.
+    pub fn power_loss(&mut self, node: usize) {
+        self.note(node, || "lost power".to_owned());
+        self.stop(node, true);
+        self.ledger.power_lost();
+    }
+
+    fn stop(&mut self, node: usize, power: bool) {
+        let cores = self.config.cores;
+        let stopped = &mut self.nodes[node];
+        stopped.incarnation += 1;
+        stopped.running = false;
+        stopped.engine = None;
+        stopped.opener = None;
+        stopped.disk_open = false;
+        stopped.unanswered.clear();
+        stopped.message_ns.clear();
+        for link in &mut stopped.links {
+            *link = Link::new(cores);
+        }
+        for (_, work) in std::mem::take(&mut stopped.disk_work) {
+            let data = match &work.data {
+                Data::Payload(memory) => memory.bytes().clone(),
+                Data::Buffer(buffer) => buffer.0.clone(),
+                Data::None => Vec::new(),
+            };
+            let len = data.len().min(work.io.len as usize);
+            stopped
+                .disk
+                .interrupt(work.io, &data[..len], power, &mut self.random);
+        }
+        if power {
+            stopped.disk.power_loss(&mut self.random);
+        }
+        let lost: Vec<u64> = self
+            .apps
+            .iter()
+            .filter(|(_, app)| app.node == node && app.status.is_none())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in lost {
+            if let Some(app) = self.apps.remove(&id) {
+                app.memory.as_ref().map(Payload::take_back);
+                if app.kind.writes() {
+                    let written = match app.kind {
+                        crate::engine::request::RequestKind::Write { .. } => id,
+                        _ => 0,
+                    };
+                    self.ledger.unknown(written, app.lba, app.blocks);
+                }
+            }
+        }
+    }
+
+    /// A node that was killed or lost power starts, and is told of its peers again.
+    pub fn restart(&mut self, node: usize) {
+        self.start(node);
+        for peer in 0..self.nodes.len() {
+            if peer != node {
+                self.introduce(node, peer);
+            }
+        }
+    }
+
+    /// From here on commands with this opcode are kept on the way.
+    pub fn catch(&mut self, opcode: u8) {
+        self.catching = Some(opcode);
+    }
+
+    pub fn caught(&self) -> usize {
+        self.caught.len()
+    }
+
+    /// What was kept goes on; nothing more is kept.
+    pub fn let_go(&mut self) {
+        self.catching = None;
+        for event in std::mem::take(&mut self.caught) {
+            let delay_ns = self.random.below(10_000);
+            self.schedule(self.now_ns + delay_ns, event);
+        }
+    }
+}
