@@ -68,14 +68,11 @@ impl Host for Core {
     }
 
     fn random(&mut self) -> u64 {
-        self.random.next()
+        self.random.number()
     }
 
     fn buffer(&mut self, len: usize) -> Option<Buffer> {
-        assert!(
-            len > 0 && len.is_multiple_of(4096),
-            "a buffer of {len} bytes"
-        );
+        assert!(len > 0 && len % 4096 == 0, "a buffer of {len} bytes");
         (!self.is_scarce()).then(|| Buffer(vec![0xaa; len]))
     }
 

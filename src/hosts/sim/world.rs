@@ -181,7 +181,7 @@ impl World {
     }
 
     fn schedule(&mut self, at_ns: u64, event: Event) {
-        let (id, chance) = (self.id(), self.random.next());
+        let (id, chance) = (self.id(), self.random.number());
         self.queue.push(Reverse((at_ns, chance, id)));
         self.events.insert(id, event);
     }
@@ -243,7 +243,7 @@ impl World {
     fn call(&mut self, node: usize, place: usize, call: impl FnOnce(&mut Node, &mut Core)) {
         let mut core = Core {
             now_ns: self.now_ns,
-            random: Random::new(self.random.next()),
+            random: Random::new(self.random.number()),
             scarcity_percent: self.config.scarcity_percent,
             links_up: self.nodes[node].links_up(),
             actions: Vec::new(),
