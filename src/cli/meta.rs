@@ -75,7 +75,7 @@ pub struct CreateArgs {
     /// Rings of the activity log, one for each core that uses the volume, 1 to 1024
     #[arg(long, default_value_t = format::CHANNEL_SLOTS_DEFAULT)]
     channel_slots: u16,
-    /// Extents of 4 MiB in the activity log of each core, 1 to 1000
+    /// Extents of 4 MiB in the activity log of each core, 7 to 1000
     #[arg(long, default_value_t = format::AL_EXTENTS_DEFAULT)]
     al_extents: u32,
     /// Where the data begins: 1M, or 0 to keep the data that the device carries where it is, with all

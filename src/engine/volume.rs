@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::engine::MAX_PEERS;
 use crate::engine::atomic_bits::AtomicBits;
 use crate::engine::duplicates::DuplicateWindow;
+use crate::engine::meta::superblock::AL_EXTENTS_MIN;
 use crate::engine::range_lock::RangeLock;
 
 /// Bytes of a range lock granule.
@@ -16,7 +17,10 @@ pub const EXTENT_BYTES: u64 = 4 << 20;
 /// The longest read or write, in bytes: what one peer command carries.
 pub const MAX_TRANSFER_BYTES: u64 = 128 << 10;
 /// The longest unmap or write-zeroes, in bytes: what the activity log can always hold.
-pub const MAX_ZEROES_BYTES: u64 = 32 << 20;
+pub const MAX_ZEROES_BYTES: u64 = 16 << 20;
+
+// However it lies, it touches one extent more than it is long.
+const _: () = assert!(MAX_ZEROES_BYTES / EXTENT_BYTES < AL_EXTENTS_MIN as u64);
 
 /// Sizes of the volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

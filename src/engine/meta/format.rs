@@ -40,7 +40,7 @@ pub struct FormatParams {
     /// UUID of the backing bdev, zero if it has none.
     pub backing_uuid: [u8; 16],
     pub layout: LayoutParams,
-    /// 1 to 1000 extents of 4 MiB for each channel.
+    /// 7 to 1000 extents of 4 MiB for each channel.
     pub al_extents: u32,
     pub content: Content,
 }
@@ -293,7 +293,7 @@ mod tests {
                 ..params()
             },
             FormatParams {
-                al_extents: 0,
+                al_extents: 6,
                 ..params()
             },
             FormatParams {

@@ -16,6 +16,8 @@ pub const MAGIC: [u8; 8] = *b"bdevrepl";
 pub const FORMAT_VERSION: u32 = 1;
 /// Longest volume name in bytes of UTF-8.
 pub const NAME_BYTES_MAX: usize = 63;
+/// Fewest extents that a channel's activity log may be limited to: the longest request has to fit.
+pub const AL_EXTENTS_MIN: u32 = 7;
 /// Most extents that the activity log of one channel can hold.
 pub const AL_EXTENTS_MAX: u32 = super::activity_log::EXTENTS_MAX as u32;
 
@@ -135,7 +137,7 @@ pub struct Superblock {
     /// UUID of the backing bdev, zero if it has none. Another one at attach: a clone.
     pub backing_uuid: [u8; 16],
     pub layout: Layout,
-    /// Extents that one channel may have in its activity log, 1 to 1000.
+    /// Extents that one channel may have in its activity log, 7 to 1000.
     pub al_extents: u32,
     pub flags: Flags,
     pub disk: PersistedDisk,
@@ -173,7 +175,7 @@ pub enum SuperblockError {
     DataOffset(u64),
     #[error("the layout is impossible: {0}")]
     Layout(#[from] LayoutError),
-    #[error("{0} extents for each activity log: there must be 1 to 1000")]
+    #[error("{0} extents for each activity log: there must be 7 to 1000")]
     AlExtents(u32),
     #[error("unknown flags {0:#x}")]
     Flags(u32),
@@ -355,7 +357,7 @@ impl Superblock {
         if self.node_id > MAX_NODE_ID {
             return Err(SuperblockError::NodeId(self.node_id));
         }
-        if self.al_extents == 0 || self.al_extents > AL_EXTENTS_MAX {
+        if !(AL_EXTENTS_MIN..=AL_EXTENTS_MAX).contains(&self.al_extents) {
             return Err(SuperblockError::AlExtents(self.al_extents));
         }
         self.validate_generations()?;

@@ -6,6 +6,8 @@ use std::net::IpAddr;
 use serde_json::{Map, Value, json};
 
 use super::{AddPeer, Address, AddressFamily, CreateVolume, SetOptions, VolumeRequest};
+use crate::engine::meta::format::AL_EXTENTS_DEFAULT;
+use crate::engine::meta::superblock::{AL_EXTENTS_MAX, AL_EXTENTS_MIN};
 use crate::rpc::RpcError;
 use crate::rpc::parameters::Parameters;
 
@@ -16,9 +18,6 @@ const PEER_SLOTS_MAX: u8 = 7;
 const PEER_SLOTS_DEFAULT: u8 = 3;
 const CHANNEL_SLOTS_MAX: u8 = 64;
 const CHANNEL_SLOTS_DEFAULT: u8 = 8;
-const AL_EXTENTS_MIN: u32 = 7;
-const AL_EXTENTS_MAX: u32 = 1000;
-const AL_EXTENTS_DEFAULT: u32 = 256;
 const GRANULARITY_KB_MIN: u32 = 4;
 const GRANULARITY_KB_MAX: u32 = 1024;
 const INTERVAL_MS_MIN: u32 = 50;

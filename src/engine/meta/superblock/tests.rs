@@ -255,7 +255,7 @@ proptest! {
     #[test]
     fn what_is_emitted_is_parsed_again(
         sequence in 1..SEQUENCE_MAX, uuid in 1u128.., backing: u128, name in "[^\\p{C}]{1,15}",
-        in_place: bool, al_extents in 1..=AL_EXTENTS_MAX, flags in 0u8..8, disk in 0u8..4,
+        in_place: bool, al_extents in AL_EXTENTS_MIN..=AL_EXTENTS_MAX, flags in 0u8..8, disk in 0u8..4,
         generations in proptest::collection::vec(any::<u64>(), 1..20),
         peers in proptest::collection::vec((0u8..=8, any::<bool>()), 0..=3), node_id in 3u8..=7,
     ) {
