@@ -237,6 +237,20 @@ impl<H: Host> Manager<H> {
         self.quiet.push(then);
     }
 
+    /// How long after the last call the next one of [`poll`](Self::poll) is wanted, in nanoseconds, if nothing happens
+    /// meanwhile.
+    pub fn poll_interval_ns(&self) -> u64 {
+        let connecting = self
+            .peers
+            .iter()
+            .any(|peer| peer.wanted && !peer.established);
+        if self.puller.is_running() || connecting || !self.orders.is_empty() {
+            2_000_000
+        } else {
+            20_000_000
+        }
+    }
+
     /// Runs what has become ready, until nothing is.
     fn run(&mut self, cx: &mut H) {
         if !self.quiet.is_empty() && !self.puller.uses_disk() && self.metadata.in_flight() == 0 {

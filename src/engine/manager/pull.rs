@@ -97,6 +97,11 @@ impl<H: Host> Puller<H> {
         }
     }
 
+    /// This node fetches from a peer.
+    pub(super) fn is_running(&self) -> bool {
+        self.slot.is_some()
+    }
+
     /// I/O on the local disk that has not come back.
     pub(super) fn uses_disk(&self) -> bool {
         self.flush_in_flight

@@ -36,8 +36,8 @@ use control::{Control, Opening};
 use link::Links;
 use split::Split;
 
-/// Between two calls of a manager's poller, if nothing else happens.
-const MANAGER_POLL_NS: u64 = 2_000_000;
+/// Between two looks at a device that is being opened and waits for memory.
+const OPENING_POLL_NS: u64 = 2_000_000;
 /// Between two calls of a channel's poller while requests wait.
 const CHANNEL_POLL_NS: u64 = 100_000;
 
@@ -484,8 +484,8 @@ pub fn poll(core: &mut Core) -> bool {
             this.channel.poll(&mut this.context);
             if manager_is_due && let Some(manager) = &mut this.manager {
                 this.manager_stirred = false;
-                this.next_manager_poll_ns = now_ns + MANAGER_POLL_NS;
                 manager.poll(&mut this.context);
+                this.next_manager_poll_ns = now_ns + manager.poll_interval_ns();
             }
             worked |= !this.context.actions.is_empty();
         });
@@ -508,7 +508,7 @@ pub fn next_deadline_ns(core: &Core) -> Option<u64> {
         let channel = waits.then_some(now_ns + CHANNEL_POLL_NS);
         manager.into_iter().chain(channel).min()
     });
-    let opening = (!core.volumes.openings.is_empty()).then_some(now_ns + MANAGER_POLL_NS);
+    let opening = (!core.volumes.openings.is_empty()).then_some(now_ns + OPENING_POLL_NS);
     volumes.chain(opening).min()
 }
 
