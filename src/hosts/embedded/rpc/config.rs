@@ -7,7 +7,7 @@ use std::sync::mpsc::sync_channel;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use super::nvmf;
+use super::{nvme, nvmf};
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::registry::{BdevEntry, BdevOrigin};
 use crate::rpc::volume::VolumeService;
@@ -31,6 +31,7 @@ fn call(method: &str, params: Value) -> Value {
 
 fn bdevs(core: &Core) -> Vec<Value> {
     let mut calls: Vec<Value> = core.registry.iter().filter_map(bdev).collect();
+    calls.extend(nvme::configuration(core));
     calls.extend(core.volume_config().iter().map(|request| {
         let (method, params) = request.to_call();
         call(method, params)

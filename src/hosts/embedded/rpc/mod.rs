@@ -6,6 +6,7 @@ mod app;
 mod bdev;
 pub mod config;
 pub mod log;
+mod nvme;
 mod nvmf;
 pub mod socket;
 #[cfg(test)]
@@ -81,7 +82,7 @@ const fn method(
 }
 
 /// The tables of SPDK's methods.
-const TABLES: &[&[Method]] = &[app::METHODS, bdev::METHODS, nvmf::METHODS];
+const TABLES: &[&[Method]] = &[app::METHODS, bdev::METHODS, nvme::METHODS, nvmf::METHODS];
 
 /// Options of SPDK that a saved configuration holds and that mean nothing here: accepted, with one warning
 /// each, so that such a configuration loads.

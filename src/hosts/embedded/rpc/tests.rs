@@ -555,3 +555,65 @@ fn a_saved_target_is_the_same_after_loading() {
     assert_eq!(save(&mut second), saved);
     assert_eq!(second.call("nvmf_get_subsystems", Value::Null), shown);
 }
+
+#[test]
+fn a_controller_is_attached_saved_and_detached() {
+    let mut exporter = Target::new();
+    let port = export(&mut exporter).to_string();
+    let mut target = Target::new();
+    let params = json!({
+        "name": "N", "trtype": "tcp", "adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": port, "subnqn": NQN,
+        "hdgst": true, "ddgst": true, "disable_sq_flow_control": false,
+    });
+    assert_eq!(
+        target.call("bdev_nvme_attach_controller", params.clone()),
+        json!(["Nn1"])
+    );
+    assert_eq!(
+        target.code("bdev_nvme_attach_controller", params.clone()),
+        -17
+    );
+    let bdev = target.call("bdev_get_bdevs", json!({"name": "Nn1"}));
+    assert_eq!(bdev[0]["num_blocks"], 64);
+    let shown = target.call("bdev_nvme_get_controllers", json!({"name": "N"}));
+    assert_eq!(shown[0]["ctrlrs"][0]["state"], "enabled");
+    assert_eq!(shown[0]["ctrlrs"][0]["trid"]["trsvcid"], port);
+    let saved = target.call("framework_get_config", json!({"name": "bdev"}));
+
+    let mut second = Target::new();
+    for entry in saved.as_array().unwrap() {
+        second.call(entry["method"].as_str().unwrap(), entry["params"].clone());
+    }
+    assert_eq!(
+        second.call("framework_get_config", json!({"name": "bdev"})),
+        saved
+    );
+    assert_eq!(
+        target.call("bdev_nvme_detach_controller", json!({"name": "N"})),
+        true
+    );
+    assert_eq!(target.call("bdev_get_bdevs", Value::Null), json!([]));
+    assert_eq!(
+        target.code("bdev_nvme_detach_controller", json!({"name": "N"})),
+        -19
+    );
+    assert_eq!(
+        target.code("bdev_nvme_get_controllers", json!({"name": "N"})),
+        -19
+    );
+    for (key, value) in [
+        ("trtype", "RDMA"),
+        ("traddr", "host"),
+        ("adrfam", "ipv6"),
+        ("psk", "k"),
+        ("trsvcid", "0"),
+    ] {
+        let mut wrong = params.clone();
+        wrong[key] = json!(value);
+        assert_eq!(
+            target.code("bdev_nvme_attach_controller", wrong),
+            -22,
+            "{key}"
+        );
+    }
+}
