@@ -422,6 +422,7 @@ fn a_bdev_is_exported_shown_and_taken_back() {
         "a deleted bdev is no longer exported"
     );
     target.call("nvmf_subsystem_remove_listener", listener(port));
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
     assert_eq!(
         target.call("nvmf_subsystem_get_listeners", json!({"nqn": NQN})),
         json!([])
