@@ -150,6 +150,7 @@ impl<H: Host> Manager<H> {
             self.lose_session(cx, slot, "the disk failed");
         }
         self.tell_all();
+        self.hello_changed(cx);
         self.adopt(cx, Then::Disk(DiskStep::FailedAdopted));
     }
 

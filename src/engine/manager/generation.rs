@@ -51,6 +51,7 @@ impl<H: Host> Manager<H> {
                 }
             };
             self.superblock.generations.bump(new, missing);
+            self.hello_changed(cx);
         }
         self.generation.round += 1;
         self.generation.running = true;
@@ -147,6 +148,7 @@ impl<H: Host> Manager<H> {
                 })
                 .fold(0u8, |mask, slot| mask | 1 << slot);
             generations.bump(body.new_current, missing);
+            self.hello_changed(cx);
         }
         self.commit_superblock(cx, Then::Answer(reply, PeerAnswer::Ok));
     }

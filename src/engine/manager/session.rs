@@ -195,19 +195,38 @@ impl<H: Host> Manager<H> {
         }
     }
 
-    /// Something in our Hello has changed before the decision was confirmed: a new nonce, and all over again.
+    /// Something that our Hellos say may have changed before a decision was confirmed: if so, a new nonce, and all
+    /// over again.
     pub(super) fn hello_changed(&mut self, cx: &mut H) {
         for slot in 0..MAX_PEERS {
-            let peer = &self.peers[slot];
-            if peer.link == Link::Open && !peer.established && peer.my_hello.is_some() {
-                if peer.confirmed_theirs {
-                    // The peer may have entered the state already: only a new session is safe.
-                    self.lose_session(cx, slot, "the state changed during the handshake");
-                } else {
-                    self.restart_handshake(cx, slot);
-                }
-            }
+            self.check_hello(cx, slot);
         }
+    }
+
+    /// Whether the Hello that the peer decides by still holds; if not, the handshake starts again.
+    fn check_hello(&mut self, cx: &mut H, slot: PeerSlot) -> bool {
+        let peer = &self.peers[slot];
+        let Some(said) = peer.my_hello else {
+            return true;
+        };
+        if peer.link != Link::Open || peer.established {
+            return true;
+        }
+        // Bits are looked at again when the state has been entered.
+        let now = Hello {
+            dirty_bits: said.dirty_bits,
+            ..self.hello(slot, said.nonce)
+        };
+        if now == said {
+            return true;
+        }
+        if self.peers[slot].confirmed_theirs {
+            // The peer may have entered the state already: only a new session is safe.
+            self.lose_session(cx, slot, "the state changed during the handshake");
+        } else {
+            self.restart_handshake(cx, slot);
+        }
+        false
     }
 
     fn restart_handshake(&mut self, cx: &mut H, slot: PeerSlot) {
@@ -383,7 +402,7 @@ impl<H: Host> Manager<H> {
     pub(super) fn received_confirm(&mut self, cx: &mut H, session: u32, reply: usize) {
         let slot = (0..MAX_PEERS).find(|&slot| self.peers[slot].session == session && session != 0);
         let answer = match slot {
-            Some(slot) if self.peers[slot].receivable => {
+            Some(slot) if self.peers[slot].receivable && self.check_hello(cx, slot) => {
                 self.peers[slot].confirmed_theirs = true;
                 PeerAnswer::Ok
             }
@@ -428,6 +447,9 @@ impl<H: Host> Manager<H> {
 
     /// The decision holds: into its state.
     fn enter(&mut self, cx: &mut H, slot: PeerSlot) {
+        if !self.check_hello(cx, slot) {
+            return;
+        }
         let (Some(decision), Some(theirs)) =
             (self.peers[slot].decision, self.peers[slot].their_hello)
         else {
@@ -512,9 +534,14 @@ impl<H: Host> Manager<H> {
                 }
                 match self.view.peers[slot].conn {
                     ConnState::WFBitMapS | ConnState::WFBitMapT => self.start_exchange(cx, slot),
-                    _ => self.connected(cx, slot),
+                    _ => {
+                        // A write that began under the old state has set its bit by now, and nobody else knows of it.
+                        let epoch = self.peers[slot].epoch;
+                        self.harvest(cx, Then::Session(slot, epoch, SessionStep::Connected));
+                    }
                 }
             }
+            SessionStep::Connected => self.connected(cx, slot),
             SessionStep::ExchangeHarvested => self.begin_bitmap(cx, slot),
             SessionStep::TargetDurable(reply) => self.target_durable(cx, slot, reply),
             SessionStep::TargetEntered(reply) => self.target_entered(cx, slot, reply),
@@ -534,8 +561,10 @@ impl<H: Host> Manager<H> {
         if outcome != Some(Outcome::InSync) {
             return;
         }
+        if !self.masters[slot].is_empty() {
+            return self.lose_session(cx, slot, "writes came during the handshake");
+        }
         self.superblock.generations.finish_sync_as_source(slot);
-        self.masters[slot].clear_all();
         self.settle_crash(slot);
         self.commit_pages(cx, Then::Nothing);
         self.commit_superblock(cx, Then::Session(slot, epoch, SessionStep::Reconciled));

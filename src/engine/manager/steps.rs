@@ -32,6 +32,8 @@ pub(super) enum SessionStep {
     Receivable,
     /// Every channel is in the decided state.
     Entered,
+    /// Connected without a resync, and all bits from before are in the master.
+    Connected,
     /// The bits that belong to the exchange are in the master.
     ExchangeHarvested,
     /// As target: bitmap and Inconsistent are durable; the reply to SyncStart.
