@@ -251,7 +251,8 @@ pub fn register(
 }
 
 /// Deletes a bdev: takes it out of the subsystems that export it, lets its I/O end, and forgets it.
-/// `then` runs on core 0 when nothing of it is left on any core. Errors: ENODEV; EBUSY when claimed.
+/// `then` runs on core 0 when nothing of it is left on any core. Errors: ENODEV; EBUSY when somebody else than the
+/// target has it.
 pub fn delete(
     core: &mut Core,
     name: &str,
@@ -261,7 +262,9 @@ pub fn delete(
         let error = BdevError::absent(name);
         return then(core, Err(error));
     };
-    if let Some(holder) = &entry.claimed_by {
+    if let Some(holder) = &entry.claimed_by
+        && holder != target::CLAIMANT
+    {
         let message = format!("bdev {name} is claimed by {holder}: delete that first");
         return then(core, Err(BdevError::from_errno(libc::EBUSY, message)));
     }

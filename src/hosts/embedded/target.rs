@@ -71,6 +71,9 @@ impl Backend for Collector<'_> {
     }
 }
 
+/// Who holds a bdev that a namespace was made of.
+pub const CLAIMANT: &str = "NVMe-oF target";
+
 /// How the target knows a bdev.
 pub fn namespace_handle(id: BdevId) -> NamespaceHandle {
     NamespaceHandle(u64::from(id.generation) << 32 | u64::from(id.index))

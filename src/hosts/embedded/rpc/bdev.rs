@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::Takes::{Nothing, Parameters as Named};
 use super::When::Runtime;
-use super::{Method, bdev_error, method, nvmf};
+use super::{Method, bdev_error, method};
 use crate::hosts::embedded::bdev::{BdevId, IoStat};
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::disk::FileParameters;
@@ -150,19 +150,11 @@ fn delete(
         Ok(name) => name,
         Err(error) => return reply.fail(error),
     };
-    let Some(entry) = core
-        .registry
-        .find(&name)
-        .filter(|entry| ours(&entry.origin))
-    else {
+    let entry = core.registry.find(&name);
+    if !entry.is_some_and(|entry| ours(&entry.origin)) {
         return reply.fail(RpcError::no_device(format!(
             "{method}: there is no such bdev '{name}'"
         )));
-    };
-    if entry.claimed_by.as_deref() == Some(nvmf::CLAIMANT) {
-        // Its namespaces go with it, as with SPDK.
-        let id = entry.id;
-        core.registry.release(id);
     }
     registry::delete(core, &name, move |_core, result| {
         reply.answer(

@@ -91,9 +91,6 @@ pub(super) const METHODS: &[Method] = &[
     ),
 ];
 
-/// Who holds a bdev that a namespace was made of.
-pub(super) const CLAIMANT: &str = "NVMe-oF target";
-
 type Answer = Result<Value, RpcError>;
 
 /// SPDK's answer to whatever a method of the target cannot do with its parameters.
@@ -280,7 +277,7 @@ fn release(core: &mut Core, namespace: &Namespace) {
     let ours = core
         .registry
         .get(id)
-        .is_some_and(|entry| entry.claimed_by.as_deref() == Some(CLAIMANT));
+        .is_some_and(|entry| entry.claimed_by.as_deref() == Some(target::CLAIMANT));
     if ours {
         core.registry.release(id);
     }
@@ -424,7 +421,7 @@ fn add_namespace(core: &mut Core, all: &mut Parameters) -> Answer {
     // As SPDK: a bdev is exported once, and not while something else writes to it.
     let entry = core
         .registry
-        .claim(&bdev_name, CLAIMANT)
+        .claim(&bdev_name, target::CLAIMANT)
         .map_err(|error| refused(all.method(), error))?;
     let uuid = uuid.unwrap_or(entry.uuid).into_bytes();
     let added = core.target.state().add_namespace(

@@ -1,10 +1,12 @@
 //! The engine's volumes on one core: how I/O, completions and messages reach the engine, and how what it asks for is
 //! carried out. The core's loop calls the functions here. `context` is the engine's host, `link` keeps the queue pairs
-//! to peers, `control` makes and ends volumes on core 0.
+//! to peers, `control` takes requests on core 0, where `opening` and `lifecycle` make and end volumes.
 
 mod context;
 mod control;
+mod lifecycle;
 mod link;
+mod opening;
 mod report;
 mod split;
 
@@ -32,8 +34,9 @@ use crate::host::{AppStatus, Completion, Data, DiskIo, DiskOp, IoStatus, PeerSlo
 pub use control::{config, request};
 
 use context::{Action, AppHandle, Context};
-use control::{Control, Opening};
+use control::Control;
 use link::Links;
+use opening::Opening;
 use split::Split;
 
 /// Between two looks at a device that is being opened and waits for memory.
@@ -154,7 +157,7 @@ fn carry_out(core: &mut Core, volume: u32) {
             }
             Action::LinkOpen(slot, address) => link::open(core, volume, slot, &address),
             Action::LinkClose(slot) => link::close(core, volume, slot, "reset"),
-            Action::DiskClose => control::disk_closed(core, volume),
+            Action::DiskClose => lifecycle::disk_closed(core, volume),
             Action::Ordered(id, outcome) => control::ordered(core, volume, id, outcome),
         }
     }
@@ -372,7 +375,7 @@ fn received(core: &mut Core, volume: u32, ticket: Ticket, io: BdevIo) {
 
 /// An I/O that the volume submitted as `Owner::Volume` was answered.
 pub fn complete(core: &mut Core, volume: u32, token: u64, status: IoResult, dword0: u32) {
-    if control::opening_completed(core, volume, token, status) {
+    if opening::opening_completed(core, volume, token, status) {
         return;
     }
     let key = key_of(token);
@@ -467,7 +470,7 @@ pub fn admin_event(
 
 /// Once a round of the loop; returns whether there was work.
 pub fn poll(core: &mut Core) -> bool {
-    control::poll_openings(core);
+    opening::poll_openings(core);
     let now_ns = core.reactor.now_ns();
     let mut worked = false;
     for volume in 0..core.volumes.volumes.len() as u32 {
@@ -514,7 +517,7 @@ pub fn next_deadline_ns(core: &Core) -> Option<u64> {
 
 /// The node is going down, called on core 0: `then` when no volume is left.
 pub fn shutdown(core: &mut Core, then: impl FnOnce(&mut Core) + 'static) {
-    control::shutdown(core, then);
+    lifecycle::shutdown(core, then);
 }
 
 /// Slots of a volume's peers.
