@@ -378,7 +378,11 @@ impl<H: Host> Manager<H> {
                 self.shared.pulls.clear_range(granules);
                 piece.stage = Stage::Ask(cx.now_ns() + RETRY_NS);
             }
-            _ => self.lose_session(cx, slot, "a resync read was not answered"),
+            _ => {
+                // Its answer has come: whoever gives up the rest must not wait for it again.
+                self.puller.pieces[index] = None;
+                self.lose_session(cx, slot, "a resync read was not answered");
+            }
         }
     }
 

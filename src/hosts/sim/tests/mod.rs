@@ -1,3 +1,4 @@
 //! The engine in simulated clusters.
 
 mod basic;
+mod soak;
