@@ -20,7 +20,7 @@ mod session;
 mod source;
 mod steps;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use crate::engine::MAX_PEERS;
@@ -28,6 +28,7 @@ use crate::engine::bitmap::master::Master;
 use crate::engine::channel::TOKEN_MANAGER;
 use crate::engine::message::{OrderId, ToChannel, ToManager};
 use crate::engine::meta::superblock::Superblock;
+use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::state::{DiskState, Role};
 use crate::engine::view::View;
@@ -73,6 +74,14 @@ enum ManagerIo {
     Pull(PullIo),
 }
 
+/// A received command that waits for its answer.
+struct Reply<H: Host> {
+    channel: ChannelId,
+    io: H::PeerIo,
+    /// The peer whose session it belongs to; when that ends so does the wait.
+    slot: Option<PeerSlot>,
+}
+
 /// One volume's manager.
 pub struct Manager<H: Host> {
     shared: Arc<Shared>,
@@ -97,8 +106,9 @@ pub struct Manager<H: Host> {
     ready: VecDeque<Then>,
     /// What waits for the manager's own I/O on the disk to come back.
     quiet: Vec<Then>,
-    /// Received commands whose answers wait.
-    replies: Vec<Option<(ChannelId, H::PeerIo)>>,
+    /// Received commands whose answers wait, by a number that is used once.
+    replies: BTreeMap<usize, Reply<H>>,
+    next_reply: usize,
     /// This node's data was the newest when it last was Primary and crashed.
     unclean: bool,
     /// The activity logs' last sequences, for channels that start.
@@ -135,7 +145,8 @@ impl<H: Host> Manager<H> {
             free_ios: Vec::new(),
             ready: VecDeque::new(),
             quiet: Vec::new(),
-            replies: Vec::new(),
+            replies: BTreeMap::new(),
+            next_reply: 0,
             unclean: false,
             log_sequences: Vec::new(),
             revision: 0,
@@ -335,26 +346,26 @@ impl<H: Host> Manager<H> {
     }
 
     fn hold_reply(&mut self, channel: ChannelId, io: H::PeerIo) -> usize {
-        match self.replies.iter().position(Option::is_none) {
-            Some(index) => {
-                self.replies[index] = Some((channel, io));
-                index
-            }
-            None => {
-                self.replies.push(Some((channel, io)));
-                self.replies.len() - 1
-            }
+        let slot = None;
+        self.next_reply += 1;
+        self.replies
+            .insert(self.next_reply, Reply { channel, io, slot });
+        self.next_reply
+    }
+
+    fn answer(&mut self, cx: &mut H, reply: usize, answer: PeerAnswer) {
+        if let Some(Reply { channel, io, .. }) = self.replies.remove(&reply) {
+            cx.to_channel(channel, ToChannel::Answer(io, answer));
         }
     }
 
-    fn answer(
-        &mut self,
-        cx: &mut H,
-        reply: usize,
-        answer: crate::engine::peer::answer::PeerAnswer,
-    ) {
-        if let Some((channel, io)) = self.replies.get_mut(reply).and_then(Option::take) {
-            cx.to_channel(channel, ToChannel::Answer(io, answer));
+    /// What was to answer the commands of this peer's session has become void with it.
+    fn answer_fenced(&mut self, cx: &mut H, slot: PeerSlot) {
+        let of_slot =
+            |(&reply, held): (&usize, &Reply<H>)| (held.slot == Some(slot)).then_some(reply);
+        let replies: Vec<usize> = self.replies.iter().filter_map(of_slot).collect();
+        for reply in replies {
+            self.answer(cx, reply, PeerAnswer::Fenced);
         }
     }
 

@@ -165,6 +165,7 @@ impl<H: Host> Manager<H> {
         view.send_session = 0;
         view.recv_session = 0;
         view.serve = false;
+        self.answer_fenced(cx, slot);
         self.stop_pull(slot);
         self.generation_lost_peer(cx, slot);
         self.order_lost_peer(cx, slot);
@@ -639,6 +640,9 @@ impl<H: Host> Manager<H> {
             return self.answer(cx, reply, PeerAnswer::Fenced);
         };
         self.peers[slot].heard_ns = cx.now_ns();
+        if let Some(held) = self.replies.get_mut(&reply) {
+            held.slot = Some(slot);
+        }
         match command {
             PeerCommand::Ping { .. } => self.answer(cx, reply, PeerAnswer::Ok),
             PeerCommand::StatePut { .. } => self.received_state(cx, slot, body, reply),

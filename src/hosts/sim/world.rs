@@ -220,7 +220,7 @@ impl World {
             loop {
                 self.step();
                 looked += 1;
-                if looked % 4 == 0 {
+                if looked % 16 == 0 {
                     break;
                 }
             }

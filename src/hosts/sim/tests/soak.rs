@@ -40,7 +40,8 @@ pub fn shaped(seed: u64, volatile_caches: bool) -> World {
         cores: 1 + shape.below(2) as usize,
         block_size: 512,
         volatile_caches,
-        al_extents: [4, 8, 16][shape.below(3) as usize],
+        volume_bytes: 32 << 20,
+        al_extents: [2, 3, 4][shape.below(3) as usize],
         granularity_log2: (0..2)
             .map(|_| granularities[shape.below(4) as usize])
             .collect(),

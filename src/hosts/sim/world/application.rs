@@ -141,7 +141,7 @@ impl World {
         let blocks = 1 + self.random.below(24) as u32;
         // Near one of a few places, so that writes meet each other and the same extents again.
         let place = self.random.below(8) * (size_blocks / 8);
-        let lba = place + self.random.below(128);
+        let lba = (place + self.random.below(128)).saturating_sub(32);
         let end = lba + u64::from(blocks);
         let busy = self.apps.values().any(|app| {
             app.status.is_none() && app.lba < end && lba < app.lba + u64::from(app.blocks)
