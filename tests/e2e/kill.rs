@@ -90,8 +90,8 @@ fn fifty_kills_under_load_lose_nothing_and_resync_little() {
         }
 
         let passed = stage.cluster.link.passed_bytes();
-        let live = (victim != Victim::Both && load_in_resync)
-            .then(|| stage.load(primary, during.clone()));
+        let live =
+            (victim != Victim::Both && load_in_resync).then(|| stage.load(primary, during.clone()));
         for index in dead {
             stage.cluster.start(*index, &Value::Null).unwrap();
         }

@@ -36,7 +36,10 @@ fn two_new_nodes_are_paired_by_three_calls_and_the_second_gets_all_data() {
             connection(report) == "Connected"
         })
         .unwrap();
-    assert_eq!((report.disk.as_str(), report.role.as_str()), ("Inconsistent", "Secondary"));
+    assert_eq!(
+        (report.disk.as_str(), report.role.as_str()),
+        ("Inconsistent", "Secondary")
+    );
     // Which of two new devices has the data, only the operator can say.
     let error = cluster.call(A, "bdev_repl_promote").unwrap_err();
     assert!(error.to_string().contains("force"), "{error}");
@@ -144,11 +147,17 @@ fn only_one_node_is_primary_and_only_it_takes_writes() {
 
     stage.write(A, 0..16 * MIB, 100);
     let written = stage.client(B).write(0, &[1; 4096]);
-    assert!(matches!(written, Err(ClientError::Command { .. })), "{written:?}");
+    assert!(
+        matches!(written, Err(ClientError::Command { .. })),
+        "{written:?}"
+    );
 
     stage.demote(A);
     let written = stage.client(A).write(0, &[1; 4096]);
-    assert!(matches!(written, Err(ClientError::Command { .. })), "{written:?}");
+    assert!(
+        matches!(written, Err(ClientError::Command { .. })),
+        "{written:?}"
+    );
     stage.promote(B);
     stage.write(B, 0..16 * MIB, 100);
     stage.read_back(B, 0..16 * MIB);
@@ -182,7 +191,10 @@ fn a_node_goes_on_without_its_disk_and_gets_it_back() {
     stage.write(A, 0..16 * MIB, 300);
     stage.cluster.call(A, "bdev_repl_detach").unwrap();
     let report = stage.cluster.report(A).unwrap();
-    assert_eq!((report.disk.as_str(), report.role.as_str()), ("Diskless", "Primary"));
+    assert_eq!(
+        (report.disk.as_str(), report.role.as_str()),
+        ("Diskless", "Primary")
+    );
     stage.read_back(A, 0..16 * MIB);
     stage.write(A, 0..16 * MIB, 300);
     let attach = json!({"name": VOLUME, "base_bdev": "disk0"});

@@ -2,8 +2,8 @@
 //! decides.
 
 use bdev_repl::cli::demo::cluster::{VOLUME, peer};
-use bdev_repl::cli::demo::link::LinkState;
 use bdev_repl::cli::demo::compare::Replica;
+use bdev_repl::cli::demo::link::LinkState;
 use bdev_repl::rpc::volume::VolumeReport;
 use serde_json::json;
 

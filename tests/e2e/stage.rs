@@ -95,13 +95,15 @@ impl Stage {
 
     /// Waits until the node has noticed that its peer is gone.
     pub fn wait_until_alone(&mut self, index: usize) {
-        let alone = |connection: &str| {
-            !["Connected", "SyncSource", "SyncTarget"].contains(&connection)
-        };
+        let alone =
+            |connection: &str| !["Connected", "SyncSource", "SyncTarget"].contains(&connection);
         self.cluster
-            .wait_until(index, "the peer's loss has been noticed", PATIENCE, |report| {
-                peer(report).is_some_and(|peer| alone(&peer.connection))
-            })
+            .wait_until(
+                index,
+                "the peer's loss has been noticed",
+                PATIENCE,
+                |report| peer(report).is_some_and(|peer| alone(&peer.connection)),
+            )
             .unwrap();
     }
 

@@ -15,7 +15,8 @@ fn terminate(stage: &mut Stage, index: usize) {
     let pid = node.pid().unwrap().to_string();
     let status = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
     assert!(status.success());
-    node.wait_for_end().unwrap_or_else(|error| panic!("{error}"));
+    node.wait_for_end()
+        .unwrap_or_else(|error| panic!("{error}"));
 }
 
 #[test]

@@ -77,9 +77,7 @@ impl Tools {
         let last = text.lines().rfind(|line| !line.trim().is_empty());
         let last = last.unwrap_or_default();
         // The tool begins with the device's name, which says nothing here.
-        let summary = last.rsplit_once("?offset=").map_or(last, |(_, rest)| {
-            rest.split_once(": ").map_or(rest, |(_, summary)| summary)
-        });
+        let summary = last.rsplit_once(": ").map_or(last, |(_, summary)| summary);
         Ok(summary.to_owned())
     }
 
