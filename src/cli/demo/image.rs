@@ -164,14 +164,14 @@ impl Image {
     ) -> Result<(), DemoError> {
         let file =
             File::open(&self.path).map_err(|error| DemoError::io("open", &self.path, error))?;
-        let mut piece = vec![0; PIECE_BYTES];
+        let (mut piece, zeroes) = (vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]);
         let mut offset = range.start;
         while offset < range.end {
             let wanted = (range.end - offset).min(PIECE_BYTES as u64) as usize;
             let bytes = &mut piece[..wanted];
             file.read_exact_at(bytes, offset)
                 .map_err(|error| DemoError::io("read", &self.path, error))?;
-            if bytes.iter().any(|byte| *byte != 0) {
+            if bytes != &zeroes[..wanted] {
                 take(offset, bytes)?;
             }
             offset += wanted as u64;

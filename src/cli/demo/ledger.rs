@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub const BLOCK_BYTES: usize = 4096;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"ledgered");
-const HEADER_WORDS: usize = 3;
+/// The content repeats after this many bytes: cheap to make, and a changed byte is found all the same.
+const LINE_BYTES: usize = 64;
+const LINES: usize = BLOCK_BYTES / LINE_BYTES;
+const ZEROES: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
 /// Every write of a block has a number, its generation; 0 is the zeroes that a new device has.
 #[derive(Debug, Default)]
@@ -154,7 +157,7 @@ impl Ledger {
 
     /// Which write of this block the content is.
     fn identify(&self, block: u64, content: &[u8]) -> Result<u32, Mismatch> {
-        if content.len() == BLOCK_BYTES && content.iter().all(|byte| *byte == 0) {
+        if content == ZEROES {
             return Ok(0);
         }
         let mut words = content.chunks_exact(8).map(word);
@@ -170,25 +173,24 @@ impl Ledger {
             return Err(Mismatch::Misplaced { block: written_to });
         }
         let generation = u32::try_from(generation).map_err(|_| Mismatch::Foreign)?;
-        let mut expected = vec![0; BLOCK_BYTES];
+        let mut expected = ZEROES;
         self.fill(block, generation, &mut expected);
-        if content.len() != BLOCK_BYTES {
-            return Err(Mismatch::Foreign);
+        if content == expected {
+            return Ok(generation);
         }
-        match content.iter().zip(&expected).position(|(a, b)| a != b) {
-            Some(byte) => Err(Mismatch::Torn { byte }),
-            None => Ok(generation),
-        }
+        let different = content.iter().zip(&expected).position(|(a, b)| a != b);
+        Err(different.map_or(Mismatch::Foreign, |byte| Mismatch::Torn { byte }))
     }
 
     fn fill(&self, block: u64, generation: u32, content: &mut [u8]) {
         let mut state = self.seed ^ block.rotate_left(32) ^ u64::from(generation);
+        let mut line = [0; LINE_BYTES];
+        for bytes in line.chunks_exact_mut(8) {
+            bytes.copy_from_slice(&mix(&mut state).to_le_bytes());
+        }
+        content.copy_from_slice(&[line; LINES].concat());
         let header = [MAGIC ^ self.seed, block, u64::from(generation)];
-        for (index, bytes) in content.chunks_exact_mut(8).enumerate() {
-            let word = match header.get(index) {
-                Some(word) if index < HEADER_WORDS => *word,
-                _ => mix(&mut state),
-            };
+        for (word, bytes) in header.iter().zip(content.chunks_exact_mut(8)) {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
     }

@@ -162,11 +162,12 @@ impl Shared {
                 Err(_) => break,
             };
             self.hold_while_silent();
+            // Counted first, so that whoever has received it finds it counted.
+            self.passed_bytes
+                .fetch_add(length as u64, Ordering::Relaxed);
             if to.write_all(&piece[..length]).is_err() {
                 break;
             }
-            self.passed_bytes
-                .fetch_add(length as u64, Ordering::Relaxed);
         }
         close(pair);
     }
