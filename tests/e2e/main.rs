@@ -2,6 +2,7 @@
 //! What happens to a volume is seen by RPC, through NVMe/TCP and in the backing files only.
 
 mod demo;
+mod errors;
 mod kill;
 mod pairing;
 mod split;

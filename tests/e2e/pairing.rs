@@ -16,7 +16,7 @@ fn code(error: &DemoError) -> Option<i32> {
     }
 }
 
-fn connection<'a>(report: &'a VolumeReport) -> &'a str {
+fn connection(report: &VolumeReport) -> &str {
     &peer(report).unwrap().connection
 }
 
@@ -182,27 +182,6 @@ fn a_resync_can_be_paused_and_an_invalidated_replica_is_fetched_whole() {
     assert_eq!(report.disk, "Inconsistent");
     stage.cluster.call(B, "bdev_repl_resume_resync").unwrap();
     stage.in_sync();
-    stage.end(A);
-}
-
-#[test]
-fn a_node_goes_on_without_its_disk_and_gets_it_back() {
-    let mut stage = Stage::paired(16, Value::Null);
-    stage.write(A, 0..16 * MIB, 300);
-    stage.cluster.call(A, "bdev_repl_detach").unwrap();
-    let report = stage.cluster.report(A).unwrap();
-    assert_eq!(
-        (report.disk.as_str(), report.role.as_str()),
-        ("Diskless", "Primary")
-    );
-    stage.read_back(A, 0..16 * MIB);
-    stage.write(A, 0..16 * MIB, 300);
-    let attach = json!({"name": VOLUME, "base_bdev": "disk0"});
-    stage.cluster.nodes[A]
-        .call("bdev_repl_attach", attach)
-        .unwrap();
-    stage.in_sync();
-    stage.read_back(A, 0..16 * MIB);
     stage.end(A);
 }
 
