@@ -123,76 +123,73 @@ impl From<BdevOp> for IoKind {
     }
 }
 
-/// The counters of SPDK's `bdev_get_iostat`, of one core or summed; ticks are nanoseconds.
+/// Counters of one kind of I/O. Ticks are nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OperationStat {
+    pub bytes: u64,
+    pub ops: u64,
+    pub latency_ticks: u64,
+    /// Shortest and longest since the last reset of either.
+    pub latency_range_ticks: Option<(u64, u64)>,
+}
+
+impl OperationStat {
+    fn count(&mut self, length_bytes: u64, latency_ticks: u64) {
+        self.add(&Self {
+            bytes: length_bytes,
+            ops: 1,
+            latency_ticks,
+            latency_range_ticks: Some((latency_ticks, latency_ticks)),
+        });
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.bytes += other.bytes;
+        self.ops += other.ops;
+        self.latency_ticks += other.latency_ticks;
+        self.latency_range_ticks = match (self.latency_range_ticks, other.latency_range_ticks) {
+            (Some((low, high)), Some((other_low, other_high))) => {
+                Some((low.min(other_low), high.max(other_high)))
+            }
+            (one, None) | (None, one) => one,
+        };
+    }
+}
+
+/// The counters of SPDK's `bdev_get_iostat`, of one core or summed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IoStat {
-    pub bytes_read: u64,
-    pub num_read_ops: u64,
-    pub bytes_written: u64,
-    pub num_write_ops: u64,
-    pub bytes_unmapped: u64,
-    pub num_unmap_ops: u64,
-    pub read_latency_ticks: u64,
-    pub max_read_latency_ticks: u64,
-    pub write_latency_ticks: u64,
-    pub max_write_latency_ticks: u64,
-    pub unmap_latency_ticks: u64,
-    pub max_unmap_latency_ticks: u64,
+    pub read: OperationStat,
+    pub write: OperationStat,
+    pub unmap: OperationStat,
     pub num_failed_ops: u64,
 }
 
 impl IoStat {
     pub const TICK_RATE: u64 = 1_000_000_000;
 
-    fn count(&mut self, kind: IoKind, length_bytes: u64, latency: u64) {
-        let (bytes, ops, total, longest) = match kind {
-            IoKind::Read => (
-                &mut self.bytes_read,
-                &mut self.num_read_ops,
-                &mut self.read_latency_ticks,
-                &mut self.max_read_latency_ticks,
-            ),
-            IoKind::Write => (
-                &mut self.bytes_written,
-                &mut self.num_write_ops,
-                &mut self.write_latency_ticks,
-                &mut self.max_write_latency_ticks,
-            ),
-            IoKind::Unmap => (
-                &mut self.bytes_unmapped,
-                &mut self.num_unmap_ops,
-                &mut self.unmap_latency_ticks,
-                &mut self.max_unmap_latency_ticks,
-            ),
-            IoKind::Other => return,
-        };
-        *bytes += length_bytes;
-        *ops += 1;
-        *total += latency;
-        *longest = latency.max(*longest);
+    fn count(&mut self, kind: IoKind, length_bytes: u64, latency_ticks: u64) {
+        match kind {
+            IoKind::Read => self.read.count(length_bytes, latency_ticks),
+            IoKind::Write => self.write.count(length_bytes, latency_ticks),
+            IoKind::Unmap => self.unmap.count(length_bytes, latency_ticks),
+            IoKind::Other => {}
+        }
     }
 
     /// Adds another core's counters.
     pub fn add(&mut self, other: &Self) {
-        self.bytes_read += other.bytes_read;
-        self.num_read_ops += other.num_read_ops;
-        self.bytes_written += other.bytes_written;
-        self.num_write_ops += other.num_write_ops;
-        self.bytes_unmapped += other.bytes_unmapped;
-        self.num_unmap_ops += other.num_unmap_ops;
-        self.read_latency_ticks += other.read_latency_ticks;
-        self.max_read_latency_ticks = self
-            .max_read_latency_ticks
-            .max(other.max_read_latency_ticks);
-        self.write_latency_ticks += other.write_latency_ticks;
-        self.max_write_latency_ticks = self
-            .max_write_latency_ticks
-            .max(other.max_write_latency_ticks);
-        self.unmap_latency_ticks += other.unmap_latency_ticks;
-        self.max_unmap_latency_ticks = self
-            .max_unmap_latency_ticks
-            .max(other.max_unmap_latency_ticks);
+        self.read.add(&other.read);
+        self.write.add(&other.write);
+        self.unmap.add(&other.unmap);
         self.num_failed_ops += other.num_failed_ops;
+    }
+
+    /// Forgets the shortest and longest latencies.
+    pub fn reset_latency_ranges(&mut self) {
+        for operation in [&mut self.read, &mut self.write, &mut self.unmap] {
+            operation.latency_range_ticks = None;
+        }
     }
 }
 

@@ -223,10 +223,12 @@ fn memory_and_files_serve_both_cores_and_keep_their_bounds() {
             registry::iostat(core, file, |_, stat| answer.send(stat));
         })
         .unwrap();
-    assert_eq!((stat.num_write_ops, stat.bytes_written), (2, 8192));
-    assert_eq!((stat.num_read_ops, stat.bytes_read), (2, 8192));
-    assert_eq!((stat.num_unmap_ops, stat.bytes_unmapped), (1, 512));
-    assert!(stat.read_latency_ticks >= stat.max_read_latency_ticks);
+    assert_eq!((stat.write.ops, stat.write.bytes), (2, 8192));
+    assert_eq!((stat.read.ops, stat.read.bytes), (2, 8192));
+    assert_eq!((stat.unmap.ops, stat.unmap.bytes), (1, 512));
+    let (shortest, longest) = stat.read.latency_range_ticks.unwrap();
+    assert!(0 < shortest && shortest <= longest);
+    assert_eq!(stat.read.latency_ticks, shortest + longest);
     node.shutdown().unwrap();
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::Takes::{Nothing, Parameters as Named};
 use super::When::Runtime;
 use super::{Method, bdev_error, method};
-use crate::hosts::embedded::bdev::{BdevId, IoStat};
+use crate::hosts::embedded::bdev::{BdevId, IoStat, OperationStat};
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::disk::FileParameters;
 use crate::hosts::embedded::registry::{self, BdevEntry, BdevError, BdevOrigin, FileFlavour};
@@ -295,7 +295,7 @@ fn driver_specific(origin: &BdevOrigin) -> Value {
 enum Reset {
     Nothing,
     Everything,
-    Longest,
+    Latencies,
     Errors,
 }
 
@@ -309,7 +309,7 @@ fn bdev_get_iostat(core: &mut Core, mut all: Parameters, reply: Reply) {
         let reset = match all.string("reset_mode")?.as_deref() {
             None | Some("none") => Reset::Nothing,
             Some("all") => Reset::Everything,
-            Some("maxmin") => Reset::Longest,
+            Some("maxmin") => Reset::Latencies,
             Some("error") => Reset::Errors,
             Some(other) => {
                 let text = format!(
@@ -360,11 +360,7 @@ fn bdev_get_iostat(core: &mut Core, mut all: Parameters, reply: Reply) {
             match reset {
                 Reset::Nothing => {}
                 Reset::Everything => bdev.stat = IoStat::default(),
-                Reset::Longest => {
-                    bdev.stat.max_read_latency_ticks = 0;
-                    bdev.stat.max_write_latency_ticks = 0;
-                    bdev.stat.max_unmap_latency_ticks = 0;
-                }
+                Reset::Latencies => bdev.stat.reset_latency_ranges(),
                 Reset::Errors => bdev.stat.num_failed_ops = 0,
             }
         }
@@ -422,25 +418,34 @@ fn merge(into: &mut Value, other: Value) {
 
 /// Counters with SPDK's names; copies do not happen here.
 fn iostat(stat: &IoStat) -> Value {
-    json!({
-        "bytes_read": stat.bytes_read,
-        "num_read_ops": stat.num_read_ops,
-        "bytes_written": stat.bytes_written,
-        "num_write_ops": stat.num_write_ops,
-        "bytes_unmapped": stat.bytes_unmapped,
-        "num_unmap_ops": stat.num_unmap_ops,
-        "bytes_copied": 0,
-        "num_copy_ops": 0,
-        "read_latency_ticks": stat.read_latency_ticks,
-        "max_read_latency_ticks": stat.max_read_latency_ticks,
-        "write_latency_ticks": stat.write_latency_ticks,
-        "max_write_latency_ticks": stat.max_write_latency_ticks,
-        "unmap_latency_ticks": stat.unmap_latency_ticks,
-        "max_unmap_latency_ticks": stat.max_unmap_latency_ticks,
-        "copy_latency_ticks": 0,
-        "max_copy_latency_ticks": 0,
-        "io_error": if stat.num_failed_ops == 0 { json!({}) } else { json!({"failed": stat.num_failed_ops}) },
-    })
+    let mut entry = Map::new();
+    let operations = [
+        ("read", "read", stat.read),
+        ("write", "written", stat.write),
+        ("unmap", "unmapped", stat.unmap),
+        ("copy", "copied", OperationStat::default()),
+    ];
+    for (name, done, operation) in operations {
+        entry.insert(format!("bytes_{done}"), json!(operation.bytes));
+        entry.insert(format!("num_{name}_ops"), json!(operation.ops));
+    }
+    for (name, _, operation) in operations {
+        let (shortest, longest) = operation.latency_range_ticks.unwrap_or_default();
+        let ticks = [
+            ("", operation.latency_ticks),
+            ("max_", longest),
+            ("min_", shortest),
+        ];
+        for (prefix, ticks) in ticks {
+            entry.insert(format!("{prefix}{name}_latency_ticks"), json!(ticks));
+        }
+    }
+    let mut errors = Map::new();
+    if stat.num_failed_ops > 0 {
+        errors.insert("failed".into(), json!(stat.num_failed_ops));
+    }
+    entry.insert("io_error".into(), errors.into());
+    entry.into()
 }
 
 /// Nothing is examined in the background here: a bdev is ready when its creation is answered.

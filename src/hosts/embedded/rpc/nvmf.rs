@@ -306,10 +306,9 @@ fn get_subsystems(core: &mut Core, all: &mut Parameters) -> Answer {
     if let Some(nqn) = nqn {
         subsystems.retain(|subsystem| subsystem["nqn"] == nqn.as_str());
         if subsystems.is_empty() {
-            return Err(refused(
-                all.method(),
-                format_args!("Subsystem with NQN '{nqn}' not found"),
-            ));
+            // Where the others answer "invalid parameters", SPDK answers ENODEV here.
+            let text = format!("{}: Subsystem with NQN '{nqn}' not found", all.method());
+            return Err(RpcError::no_device(text));
         }
     }
     Ok(subsystems.into())
@@ -335,8 +334,12 @@ fn description(core: &Core, subsystem: &SubsystemSummary) -> Value {
         "serial_number": parameters.serial_number,
         "model_number": parameters.model_number,
         "max_namespaces": parameters.max_namespaces,
+        "passthrough": false,
         "min_cntlid": parameters.min_cntlid,
         "max_cntlid": parameters.max_cntlid,
+        // No limits of Dataset Management and Write Zeroes but those of any transfer.
+        "dmrsl": 0,
+        "wzsl": 0,
         "namespaces": subsystem.namespaces.iter().map(namespace).collect::<Vec<Value>>(),
     })
 }

@@ -241,7 +241,23 @@ fn iostat_has_an_entry_for_each_bdev_or_each_core() {
     );
     let all = target.call("bdev_get_iostat", Value::Null);
     assert_eq!(all["bdevs"][0]["name"], "m");
-    assert_eq!(all["bdevs"][0]["num_read_ops"], 0);
+    let operations = [
+        ("read", "read"),
+        ("write", "written"),
+        ("unmap", "unmapped"),
+        ("copy", "copied"),
+    ];
+    for (name, done) in operations {
+        for counter in [
+            format!("bytes_{done}"),
+            format!("num_{name}_ops"),
+            format!("{name}_latency_ticks"),
+            format!("max_{name}_latency_ticks"),
+            format!("min_{name}_latency_ticks"),
+        ] {
+            assert_eq!(all["bdevs"][0][&counter], 0, "{counter}");
+        }
+    }
     let params = json!({"names": ["m"], "per_channel": true, "reset_mode": "all"});
     let channels = target.call("bdev_get_iostat", params);
     assert_eq!(channels["channels"].as_array().unwrap().len(), 2);
@@ -481,7 +497,7 @@ fn the_target_refuses_with_spdks_codes() {
             "nvmf_get_subsystems",
             json!({"nqn": "nqn.2016-06.io.spdk:x"})
         ),
-        -32602
+        -19
     );
     assert_eq!(
         target.code("nvmf_subsystem_add_listener", listener(port)),

@@ -216,7 +216,7 @@ fn hosts_use_memory_and_files_through_two_cores() {
         .node
         .handle()
         .run(1, move |core| core.bdevs.get(file).map(|bdev| bdev.stat));
-    assert!(counted.unwrap().unwrap().num_read_ops > 0);
+    assert!(counted.unwrap().unwrap().read.ops > 0);
     rig.node.shutdown().unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 256 * BLOCK as u64);
 }
