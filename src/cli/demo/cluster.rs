@@ -263,6 +263,10 @@ impl Cluster {
     pub fn states(&mut self) -> String {
         let mut all = Vec::new();
         for index in [0, 1] {
+            if self.nodes[index].pid().is_none() {
+                all.push(format!("{}: not running", LABELS[index]));
+                continue;
+            }
             all.push(match self.report(index) {
                 Ok(report) => format!("{}: {}", LABELS[index], state_line(&report)),
                 Err(error) => format!("{}: {error}", LABELS[index]),

@@ -60,6 +60,7 @@ pub fn size(bytes: u64) -> String {
 
 /// A resync as it was seen from outside.
 struct SeenResync {
+    /// The most that a report named; 0 if the resync was over before the first look.
     bytes: u64,
     time: Duration,
 }
