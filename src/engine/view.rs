@@ -22,6 +22,8 @@ pub struct PeerView {
     pub may_miss: bool,
     /// As its sync source, answer its resync reads.
     pub serve: bool,
+    /// What it sends is on no disk of its own: its bits are set here.
+    pub diskless: bool,
     /// It agreed to the feature that lets I/O go on while bitmaps are exchanged.
     pub io_during_bitmap: bool,
 }
@@ -35,6 +37,7 @@ impl PeerView {
         recv_session: 0,
         may_miss: false,
         serve: false,
+        diskless: false,
         io_during_bitmap: true,
     };
 
@@ -64,7 +67,7 @@ pub struct View {
     pub suspended: bool,
     /// The volume goes away: application I/O is failed.
     pub closing: bool,
-    /// The peers have recorded that this node's own disk lacks writes.
+    /// The peers record what this node's own disk lacks: a write may complete without it.
     pub own_disk_may_miss: bool,
     pub peers: [PeerView; MAX_PEERS],
 }
@@ -77,7 +80,7 @@ impl View {
             disk: DiskState::Diskless,
             suspended: false,
             closing: false,
-            own_disk_may_miss: false,
+            own_disk_may_miss: true,
             peers: [PeerView::NONE; MAX_PEERS],
         }
     }

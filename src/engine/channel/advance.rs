@@ -2,7 +2,7 @@
 
 use super::Channel;
 use crate::engine::MAX_PEERS;
-use crate::engine::message::ToManager;
+use crate::engine::message::{Drain, ToManager};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::state::{DiskState, Role};
 use crate::engine::request::{LOCAL_MASK, Origin, Request, RequestKind, Stage};
@@ -220,6 +220,10 @@ impl<H: Host> Channel<H> {
                     return self.end(cx, index, AppStatus::Failed);
                 }
                 self.assign_peers(index, lba, blocks);
+                if !self.view.disk_is_usable() && !self.view.own_disk_may_miss {
+                    // The peers do not record yet by themselves what this node's disk lacks.
+                    self.without_disk(index);
+                }
             }
             Origin::Peer { slot, session, .. } => {
                 if session != self.view.peers[slot].recv_session {
@@ -228,6 +232,9 @@ impl<H: Host> Channel<H> {
                 if !self.view.disk_is_usable() {
                     self.miss(index, slot);
                     return self.end_received(cx, index, PeerAnswer::DiskError);
+                }
+                if self.view.peers[slot].diskless {
+                    self.miss(index, slot);
                 }
             }
         }
@@ -333,7 +340,9 @@ impl<H: Host> Channel<H> {
         if request.done & request.latest == 0 || self.view.closing {
             return self.end(cx, index, AppStatus::Failed);
         }
-        if request.local_failed && !self.view.own_disk_may_miss {
+        if request.local_failed
+            && !(self.view.own_disk_may_miss && self.is_drained(Drain::EveryNotice))
+        {
             return Step::Wait;
         }
         let unsettled = (0..MAX_PEERS)

@@ -113,7 +113,7 @@ impl<H: Host> Channel<H> {
     }
 
     /// What the local disk does not have, the peers must know of.
-    fn without_disk(&mut self, index: u16) {
+    pub(super) fn without_disk(&mut self, index: u16) {
         let Some(request) = self.requests.get_mut(index) else {
             return;
         };

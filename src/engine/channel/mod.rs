@@ -284,11 +284,21 @@ impl<H: Host> Channel<H> {
                 if what == Drain::Disk && !self.released {
                     self.released = true;
                     self.log.stop();
+                    self.forget_log_references();
                     cx.disk_release();
                 }
                 cx.to_manager(ToManager::Drained(self.id, id));
             } else {
                 index += 1;
+            }
+        }
+    }
+
+    /// The log that requests refer to has ended; the next one knows nothing of them.
+    fn forget_log_references(&mut self) {
+        for index in 0..self.requests.capacity() {
+            if let Some(request) = self.requests.get_mut(index) {
+                request.logged = None;
             }
         }
     }

@@ -2,12 +2,12 @@
 //! before anything else is written.
 
 use super::Manager;
-use super::steps::{DiskStep, Then};
+use super::steps::{DiskStep, OrderStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{DiskStart, Drain, ToChannel};
 use crate::engine::meta::superblock::PersistedDisk;
 use crate::engine::open::Opened;
-use crate::engine::peer::state::{DiskState, Role};
+use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::engine::volume::EXTENT_BYTES;
 use crate::host::Host;
 
@@ -145,8 +145,10 @@ impl<H: Host> Manager<H> {
         }
         self.view.disk = DiskState::Failed;
         self.disable_metadata();
-        if let Some(slot) = (0..MAX_PEERS).find(|&slot| self.view.peers[slot].conn.is_sync_target())
-        {
+        if let Some(slot) = (0..MAX_PEERS).find(|&slot| {
+            let conn = self.view.peers[slot].conn;
+            conn.is_sync_target() || conn == ConnState::WFBitMapT
+        }) {
             self.lose_session(cx, slot, "the disk failed");
         }
         self.tell_all();
@@ -155,23 +157,35 @@ impl<H: Host> Manager<H> {
     }
 
     fn failed_noticed(&mut self, cx: &mut H) {
-        if self.view.role == Role::Primary && self.view.peers.iter().any(|peer| peer.has_latest()) {
-            let missing = (0..MAX_PEERS)
-                .filter(|&slot| {
-                    self.view.peers[slot].configured && !self.view.peers[slot].has_latest()
-                })
-                .fold(0u8, |mask, slot| mask | 1 << slot);
-            self.start_generation(cx, missing, true);
+        if self.goes_on_without_disk() {
+            self.start_generation_without_disk(cx);
         } else {
             self.view.own_disk_may_miss = true;
         }
         self.drain(cx, Drain::Disk, Then::Disk(DiskStep::FailedDrained));
     }
 
+    /// A Primary whose peers have the data.
+    pub(super) fn goes_on_without_disk(&self) -> bool {
+        self.view.role == Role::Primary && self.view.peers.iter().any(|peer| peer.has_latest())
+    }
+
+    /// A generation that this node's own disk never gets: the peers know by it what the disk is, and set its bits.
+    pub(super) fn start_generation_without_disk(&mut self, cx: &mut H) {
+        let missing = (0..MAX_PEERS)
+            .filter(|&slot| self.view.peers[slot].configured && !self.view.peers[slot].has_latest())
+            .fold(0u8, |mask, slot| mask | 1 << slot);
+        self.start_generation(cx, missing, true);
+    }
+
     /// A generation is known everywhere: without a disk here, that includes what this node lacks.
-    pub(super) fn generation_settled(&mut self, _cx: &mut H) {
+    pub(super) fn generation_settled(&mut self, cx: &mut H) {
         if self.view.disk <= DiskState::Failed && self.view.disk != DiskState::Attaching {
             self.view.own_disk_may_miss = true;
+        }
+        if let Some(id) = self.detaching.take() {
+            self.view.suspended = false;
+            self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
         }
     }
 }

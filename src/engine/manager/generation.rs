@@ -134,7 +134,13 @@ impl<H: Host> Manager<H> {
     }
 
     /// A Primary starts a generation.
-    pub(super) fn received_generation(&mut self, cx: &mut H, body: &[u8], reply: usize) {
+    pub(super) fn received_generation(
+        &mut self,
+        cx: &mut H,
+        slot: PeerSlot,
+        body: &[u8],
+        reply: usize,
+    ) {
         let Ok(body) = NewGenerationBody::parse(body) else {
             return self.answer(cx, reply, PeerAnswer::Malformed);
         };
@@ -150,6 +156,11 @@ impl<H: Host> Manager<H> {
             generations.bump(body.new_current, missing);
             self.hello_changed(cx);
         }
-        self.commit_superblock(cx, Then::Answer(reply, PeerAnswer::Ok));
+        let node = self.peers[slot].node_id;
+        if node.is_some_and(|node| body.missing_nodes & (1 << node) != 0) {
+            // It goes on without its disk, once every channel here sets its bits.
+            self.view.peers[slot].diskless = true;
+        }
+        self.commit_superblock(cx, Then::Publish(reply));
     }
 }

@@ -116,6 +116,8 @@ pub struct Manager<H: Host> {
     revision: u64,
     /// A Primary with a disk that was attached again holds I/O until a peer is there, or until then.
     reattach_until_ns: Option<u64>,
+    /// A Primary detaches its disk; I/O goes on when the peers know.
+    detaching: Option<OrderId>,
     closing: bool,
 }
 
@@ -151,6 +153,7 @@ impl<H: Host> Manager<H> {
             log_sequences: Vec::new(),
             revision: 0,
             reattach_until_ns: None,
+            detaching: None,
             closing: false,
             superblock,
             shared,
@@ -287,6 +290,7 @@ impl<H: Host> Manager<H> {
                 }
             }
             Then::Answer(reply, answer) => self.answer(cx, reply, answer),
+            Then::Publish(reply) => self.adopt(cx, Then::Answer(reply, PeerAnswer::Ok)),
             Then::Order(id, outcome) => self.order_ended(cx, id, outcome),
             Then::Session(slot, epoch, step) => {
                 if self.peers[slot].epoch == epoch {

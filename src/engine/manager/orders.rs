@@ -440,7 +440,8 @@ impl<H: Host> Manager<H> {
             self.peers[slot].promoting = true;
             PeerAnswer::Ok
         };
-        self.answer(cx, reply, answer);
+        // Whatever the peer has told before is in every channel when it becomes Primary.
+        self.adopt(cx, Then::Answer(reply, answer));
     }
 
     pub(super) fn prepared(&mut self, cx: &mut H, slot: PeerSlot, id: OrderId, answer: PeerAnswer) {
@@ -520,6 +521,7 @@ impl<H: Host> Manager<H> {
     /// By force: this replica is the newest, whatever is elsewhere.
     fn declare_up_to_date(&mut self, cx: &mut H) {
         self.view.disk = DiskState::UpToDate;
+        self.shared.stale.clear_all();
         self.record_disk();
         let new = from_random(cx.random());
         let generations = &mut self.superblock.generations;
@@ -667,9 +669,16 @@ impl<H: Host> Manager<H> {
             OrderStep::DetachWritten => {
                 self.metadata.enabled = false;
                 self.view.disk = DiskState::Diskless;
-                self.view.suspended = false;
                 self.tell_all();
-                self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
+                if self.goes_on_without_disk() {
+                    // The disk keeps the generation that it has the data of; only the peers get the new one.
+                    self.detaching = Some(id);
+                    self.start_generation_without_disk(cx);
+                } else {
+                    self.view.own_disk_may_miss = true;
+                    self.view.suspended = false;
+                    self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
+                }
             }
             OrderStep::DetachAdopted => {
                 cx.disk_close();
@@ -688,15 +697,6 @@ impl<H: Host> Manager<H> {
     }
 
     fn detach_quiet(&mut self, cx: &mut H, id: OrderId) {
-        if self.view.role == Role::Primary {
-            // The peers go on with the data: they have to know that this disk does not have it any more.
-            let missing = (0..MAX_PEERS)
-                .filter(|&slot| {
-                    self.view.peers[slot].configured && !self.view.peers[slot].has_latest()
-                })
-                .fold(0u8, |mask, slot| mask | 1 << slot);
-            self.start_generation(cx, missing, true);
-        }
         let target = (0..MAX_PEERS).find(|&slot| self.view.peers[slot].conn.is_sync_target());
         if let Some(slot) = target {
             self.lose_session(cx, slot, "the disk is being detached");

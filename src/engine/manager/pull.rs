@@ -7,6 +7,7 @@ use std::ops::Range as Blocks;
 use super::outbox::Call;
 use super::steps::{DiskStep, Then};
 use super::{Manager, ManagerIo};
+use crate::engine::meta::superblock::PersistedDisk;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{Range, RangesBody, SyncFinishBody};
 use crate::engine::peer::command::{FinishPhase, PeerCommand, Span};
@@ -130,6 +131,8 @@ impl<H: Host> Manager<H> {
         self.puller.slot = None;
         self.puller.cutting = None;
         self.puller.written.clear();
+        // A flush that ends in a later session must not clear bits that are newer than it.
+        self.puller.flushing.clear();
         for index in 0..self.puller.pieces.len() {
             let Some(piece) = &mut self.puller.pieces[index] else {
                 continue;
@@ -678,7 +681,7 @@ impl<H: Host> Manager<H> {
         self.superblock
             .generations
             .finish_sync_as_target(&source, slot);
-        self.superblock.disk = crate::engine::meta::superblock::PersistedDisk::UpToDate;
+        self.superblock.disk = PersistedDisk::UpToDate;
         self.settle_crash(slot);
         let epoch = self.peers[slot].epoch;
         self.commit_pages(cx, Then::Nothing);
@@ -687,7 +690,8 @@ impl<H: Host> Manager<H> {
 
     /// Whether or not the source is still there, this disk has everything.
     pub(super) fn synced(&mut self, cx: &mut H, slot: PeerSlot, epoch: u64) {
-        if !self.metadata.enabled {
+        if !self.metadata.enabled || self.superblock.disk != PersistedDisk::UpToDate {
+            // The disk is gone, or has become the target of another resync meanwhile.
             return;
         }
         self.view.disk = DiskState::UpToDate;

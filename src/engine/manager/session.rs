@@ -8,6 +8,7 @@ use super::peer::{Asked, Exchange, Link};
 use super::steps::{FenceStep, SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::Drain;
+use crate::engine::meta::superblock::PersistedDisk;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::StateBody;
 use crate::engine::peer::command::PeerCommand;
@@ -165,6 +166,7 @@ impl<H: Host> Manager<H> {
         view.send_session = 0;
         view.recv_session = 0;
         view.serve = false;
+        view.diskless = false;
         self.answer_fenced(cx, slot);
         self.stop_pull(slot);
         self.generation_lost_peer(cx, slot);
@@ -384,6 +386,7 @@ impl<H: Host> Manager<H> {
             peer.session = session;
             peer.decision = Some(decision);
             self.view.peers[slot].recv_session = session;
+            self.view.peers[slot].diskless = theirs.disk < DiskState::Inconsistent;
             let epoch = self.peers[slot].epoch;
             self.adopt(cx, Then::Session(slot, epoch, SessionStep::Receivable));
         } else if peer.receivable
@@ -522,6 +525,7 @@ impl<H: Host> Manager<H> {
     pub(super) fn session_step(&mut self, cx: &mut H, slot: PeerSlot, step: SessionStep) {
         match step {
             SessionStep::Hello => self.send_hello(cx, slot),
+            SessionStep::Outdated(reply) => self.parted(cx, slot, reply),
             SessionStep::Receivable => {
                 self.peers[slot].receivable = true;
                 self.peers[slot].next_try_ns = 0;
@@ -551,7 +555,13 @@ impl<H: Host> Manager<H> {
             SessionStep::SourceNoticed => self.source_noticed(cx, slot),
             SessionStep::FinishHarvested(reply) => self.finish_harvested(cx, slot, reply),
             SessionStep::FinishRecorded(reply) => self.finish_recorded(cx, slot, reply),
-            SessionStep::Reconciled => {}
+            SessionStep::Reconciled => {
+                if self.view.disk == DiskState::Consistent {
+                    self.view.disk = DiskState::UpToDate;
+                    self.tell_all();
+                    self.adopt(cx, Then::Nothing);
+                }
+            }
         }
     }
 
@@ -567,6 +577,10 @@ impl<H: Host> Manager<H> {
         }
         self.superblock.generations.finish_sync_as_source(slot);
         self.settle_crash(slot);
+        if self.view.disk == DiskState::Consistent {
+            // Attached again, and nothing was written meanwhile.
+            self.superblock.disk = PersistedDisk::UpToDate;
+        }
         self.commit_pages(cx, Then::Nothing);
         self.commit_superblock(cx, Then::Session(slot, epoch, SessionStep::Reconciled));
     }
@@ -654,7 +668,7 @@ impl<H: Host> Manager<H> {
             PeerCommand::SyncFinish { phase, .. } => {
                 self.received_finish(cx, slot, phase, body, reply)
             }
-            PeerCommand::NewGeneration { .. } => self.received_generation(cx, body, reply),
+            PeerCommand::NewGeneration { .. } => self.received_generation(cx, slot, body, reply),
             PeerCommand::Prepare { .. } => self.received_prepare(cx, slot, body, reply),
             PeerCommand::Commit { .. } => self.answer(cx, reply, PeerAnswer::Ok),
             PeerCommand::Abort { .. } => {
@@ -694,6 +708,7 @@ impl<H: Host> Manager<H> {
         }
         let view = &mut self.view.peers[slot];
         let old = *view;
+        view.diskless |= body.disk < DiskState::Inconsistent;
         view.conn = match (view.conn, body.conn) {
             (ConnState::SyncSource, ConnState::PausedSyncT) => ConnState::PausedSyncS,
             (ConnState::PausedSyncS, ConnState::SyncTarget) => ConnState::SyncSource,
@@ -716,12 +731,18 @@ impl<H: Host> Manager<H> {
     }
 
     fn received_goodbye(&mut self, cx: &mut H, slot: PeerSlot, outdate: bool, reply: usize) {
-        self.answer(cx, reply, PeerAnswer::Ok);
         if outdate && self.view.role != Role::Primary && self.view.disk == DiskState::UpToDate {
             self.view.disk = DiskState::Outdated;
             self.record_disk();
-            self.commit_superblock(cx, Then::Nothing);
+            let epoch = self.peers[slot].epoch;
+            let step = SessionStep::Outdated(reply);
+            return self.commit_superblock(cx, Then::Session(slot, epoch, step));
         }
+        self.parted(cx, slot, reply);
+    }
+
+    fn parted(&mut self, cx: &mut H, slot: PeerSlot, reply: usize) {
+        self.answer(cx, reply, PeerAnswer::Ok);
         self.lose_session(cx, slot, "the peer has disconnected");
     }
 

@@ -13,6 +13,8 @@ pub(super) enum Then {
     /// These extents of a channel's log may go.
     Retire(ChannelId, Vec<u32>),
     Answer(usize, PeerAnswer),
+    /// Publish the state, then answer Ok.
+    Publish(usize),
     Order(OrderId, OrderOutcome),
     /// A step of a session; void when its epoch has passed.
     Session(PeerSlot, u64, SessionStep),
@@ -28,6 +30,8 @@ pub(super) enum Then {
 pub(super) enum SessionStep {
     /// All bits are in the master: say Hello.
     Hello,
+    /// This disk is Outdated, durably; the reply to Goodbye.
+    Outdated(usize),
     /// Every channel accepts the session's commands.
     Receivable,
     /// Every channel is in the decided state.
@@ -104,6 +108,7 @@ pub(super) enum OrderStep {
     DetachHarvested,
     /// The metadata says that the disk was let go cleanly.
     DetachWritten,
+    /// Every channel knows that there is no disk, and the peers know it too.
     DetachAdopted,
     InvalidateDurable,
 }

@@ -1,4 +1,5 @@
 //! The engine in simulated clusters.
 
 mod basic;
+mod disk;
 mod soak;

@@ -1,0 +1,58 @@
+//! The backing device of one node goes and comes back while the other one goes on.
+
+use crate::engine::manager::Order;
+use crate::engine::peer::state::DiskState;
+use crate::hosts::sim::world::{Config, MS, World};
+
+#[test]
+fn a_primary_that_detached_its_disk_gets_back_what_the_disk_missed() {
+    for seed in 0..10 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.promote(0);
+        world.write(0, 0, 8);
+        world.carry_out(0, Order::Detach);
+        assert_eq!(world.state(0).disk, DiskState::Diskless);
+        for lba in 0..20 {
+            world.write(0, lba * 100, 8);
+        }
+        world.read(0, 500, 8);
+        world.attach(0);
+        world.settle();
+        world.read(0, 500, 8);
+    }
+}
+
+#[test]
+fn a_primary_that_detached_its_disk_and_wrote_nothing_is_up_to_date_again() {
+    for seed in 0..10 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.promote(0);
+        world.write(0, 0, 8);
+        world.carry_out(0, Order::Detach);
+        world.attach(0);
+        world.settle();
+        world.read(0, 0, 8);
+    }
+}
+
+#[test]
+fn a_replica_declared_the_newest_in_the_middle_of_a_resync_can_be_read() {
+    for seed in 0..10 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.promote(0);
+        world.cut(0, 1);
+        for lba in 0..40 {
+            world.write(0, lba * 100, 8);
+        }
+        world.heal(0, 1);
+        world.run_until("inconsistent", 10_000 * MS, |world| {
+            world.state(1).disk == DiskState::Inconsistent
+        });
+        world.kill(0);
+        world.checks_content = false;
+        world.run_for(10_000 * MS);
+        world.carry_out(1, Order::Promote { force: true });
+        world.read(1, 3900, 8);
+        world.read(1, 0, 8);
+    }
+}
