@@ -271,7 +271,6 @@ fn what_the_state_does_not_allow_is_refused() {
     devices.refused("bdev_repl_remove_peer", other, -19, "5");
     devices.refused("bdev_repl_promote", name.clone(), -16, "force");
     devices.refused("bdev_repl_invalidate", name.clone(), -16, "UpToDate");
-    devices.refused("bdev_repl_delete", name.clone(), -16, "NVMe-oF target");
     let forced = json!({"name": VOLUME, "force": true});
     devices.stage.cluster.nodes[A]
         .call("bdev_repl_promote", forced)

@@ -1,7 +1,7 @@
 //! Two nodes become a pair; the cable between them is cut and healed; roles change.
 
 use bdev_repl::cli::demo::DemoError;
-use bdev_repl::cli::demo::cluster::{Cluster, VOLUME, peer};
+use bdev_repl::cli::demo::cluster::{VOLUME, peer};
 use bdev_repl::cli::demo::link::LinkState;
 use bdev_repl::hosts::embedded::nvme_tcp::blocking::ClientError;
 use bdev_repl::rpc::volume::VolumeReport;
@@ -138,6 +138,13 @@ fn the_primary_may_be_the_one_that_is_resynced() {
 #[test]
 fn only_one_node_is_primary_and_only_it_takes_writes() {
     let mut stage = Stage::paired(16, Value::Null);
+    let what = "A is known to be Primary";
+    stage
+        .cluster
+        .wait_until(B, what, PATIENCE, |report| {
+            peer(report).is_some_and(|peer| peer.role == "Primary")
+        })
+        .unwrap();
     let error = stage.cluster.call(B, "bdev_repl_promote").unwrap_err();
     assert!(error.to_string().contains("Primary"), "{error}");
     assert_eq!(code(&error), Some(-16));
@@ -191,12 +198,8 @@ fn a_deleted_volume_leaves_its_metadata_and_comes_back_with_its_data() {
     stage.write(A, 0..16 * MIB, 300);
     stage.demote(A);
     for index in [A, B] {
-        // What exports a volume goes first.
-        let cluster: &mut Cluster = &mut stage.cluster;
-        let remove = json!({"nqn": bdev_repl::cli::demo::cluster::SUBSYSTEM_NQN, "nsid": 1});
-        cluster.nodes[index]
-            .call("nvmf_subsystem_remove_ns", remove)
-            .unwrap();
+        // As in SPDK, the namespace that exports it goes along.
+        let cluster = &mut stage.cluster;
         cluster.call(index, "bdev_repl_delete").unwrap();
         let left = cluster.nodes[index]
             .call("bdev_repl_get_volumes", Value::Null)
@@ -212,4 +215,25 @@ fn a_deleted_volume_leaves_its_metadata_and_comes_back_with_its_data() {
     stage.promote(B);
     stage.read_back(B, 0..16 * MIB);
     stage.end(B);
+}
+
+#[test]
+fn a_node_goes_on_without_its_disk_and_gets_it_back() {
+    let mut stage = Stage::paired(16, Value::Null);
+    stage.write(A, 0..16 * MIB, 300);
+    stage.cluster.call(A, "bdev_repl_detach").unwrap();
+    let report = stage.cluster.report(A).unwrap();
+    assert_eq!(
+        (report.disk.as_str(), report.role.as_str()),
+        ("Diskless", "Primary")
+    );
+    stage.read_back(A, 0..16 * MIB);
+    stage.write(A, 0..16 * MIB, 300);
+    let attach = json!({"name": VOLUME, "base_bdev": "disk0"});
+    stage.cluster.nodes[A]
+        .call("bdev_repl_attach", attach)
+        .unwrap();
+    stage.in_sync();
+    stage.read_back(A, 0..16 * MIB);
+    stage.end(A);
 }
