@@ -1,6 +1,8 @@
 //! Opens a backing device before there is a volume: reads its superblock, activity logs and bitmaps, or first makes
 //! them. Called by the host on the manager's core; what comes out goes to `Manager::new` and `Manager::attach`.
 
+use std::ops::Range;
+
 use thiserror::Error;
 
 use crate::engine::bitmap::page::{BITS_PER_PAGE, Page};
@@ -8,8 +10,8 @@ use crate::engine::meta::activity_log::ring::{self, RingId};
 use crate::engine::meta::bitmap_page;
 use crate::engine::meta::block::BLOCK_SIZE;
 use crate::engine::meta::foreign::{END_BYTES, FRONT_BYTES, recognise};
-use crate::engine::meta::format::{FormatError, FormatParams, check_occupied, format};
-use crate::engine::meta::layout::{Layout, superblock_places};
+use crate::engine::meta::format::{FormatError, FormatParams, check_occupied, erase_plan, format};
+use crate::engine::meta::layout::superblock_places;
 use crate::engine::meta::superblock::{PickError, Superblock, SuperblockError, pick};
 use crate::host::{Completion, Data, DiskIo, DiskOp, Host, IoStatus, Token};
 
@@ -77,15 +79,18 @@ pub enum OpenError {
 enum Phase {
     Front,
     End,
-    /// Writing zeroes over the metadata area, up to this byte.
-    Zero(u64),
-    /// Superblocks still to be written, the next one last.
-    Superblocks(Vec<(u64, [u8; BLOCK_SIZE])>),
-    Flush,
+    /// Making the metadata: what is still to be done, the next step last.
+    Making(Vec<Making>),
     /// Reading the rings from this byte on.
     Rings(u64),
     /// Reading bitmap pages of this slot from this page on.
     Bitmaps(usize, u32),
+}
+
+enum Making {
+    Zero(Range<u64>),
+    Flush,
+    Superblock(u64, Box<[u8; BLOCK_SIZE]>),
 }
 
 /// A device that is being opened: one I/O at a time.
@@ -145,13 +150,11 @@ impl<H: Host> Opener<H> {
                 };
                 if io.op != DiskOp::Read {
                     let bytes = &mut buffer.as_mut()[..io.len as usize];
-                    match &self.phase {
-                        Phase::Superblocks(plan) => {
-                            if let Some((_, block)) = plan.last() {
-                                bytes.copy_from_slice(block);
-                            }
-                        }
-                        _ => bytes.fill(0),
+                    bytes.fill(0);
+                    if let Phase::Making(plan) = &self.phase
+                        && let Some(Making::Superblock(_, block)) = plan.last()
+                    {
+                        bytes.copy_from_slice(&block[..]);
                     }
                 }
                 Data::Buffer(buffer)
@@ -173,19 +176,21 @@ impl<H: Host> Opener<H> {
             .map(|superblock| &superblock.layout);
         match (&self.phase, layout) {
             (Phase::End, _) => read(self.device_bytes - END_BYTES as u64, self.device_bytes),
-            (&Phase::Zero(from), Some(layout)) => DiskIo {
-                op: DiskOp::Write { fua: false },
-                ..read(from, end_of_bitmaps(layout))
-            },
-            (Phase::Superblocks(plan), _) => DiskIo {
-                op: DiskOp::Write { fua: true },
-                offset: plan.last().map_or(0, |&(offset, _)| offset),
-                len: BLOCK,
-            },
-            (Phase::Flush, _) => DiskIo {
-                op: DiskOp::Flush,
-                offset: 0,
-                len: 0,
+            (Phase::Making(plan), _) => match plan.last() {
+                Some(Making::Zero(range)) => DiskIo {
+                    op: DiskOp::Write { fua: false },
+                    ..read(range.start, range.end)
+                },
+                Some(&Making::Superblock(offset, _)) => DiskIo {
+                    op: DiskOp::Write { fua: true },
+                    offset,
+                    len: BLOCK,
+                },
+                Some(Making::Flush) | None => DiskIo {
+                    op: DiskOp::Flush,
+                    offset: 0,
+                    len: 0,
+                },
             },
             (&Phase::Rings(from), Some(layout)) => read(from, layout.bitmap_offset()),
             (&Phase::Bitmaps(slot, page), Some(layout)) => {
@@ -233,26 +238,18 @@ impl<H: Host> Opener<H> {
                 self.end = bytes.to_vec();
                 self.decide()?;
             }
-            Phase::Zero(from) => {
-                *from += io.len;
-                if let Some(superblock) = &self.superblock
-                    && *from >= end_of_bitmaps(&superblock.layout)
-                {
-                    // Superblocks of what was here before may have higher sequences: they go first.
-                    let places = superblock.layout.superblock_offsets();
-                    let mut plan: Vec<_> = places.map(|offset| (offset, [0; BLOCK_SIZE])).collect();
-                    plan.extend(superblock.write_plan()?);
-                    plan.reverse();
-                    self.phase = Phase::Superblocks(plan);
+            Phase::Making(plan) => {
+                if let Some(Making::Zero(range)) = plan.last_mut() {
+                    range.start += io.len;
+                    if !range.is_empty() {
+                        return Ok(None);
+                    }
                 }
-            }
-            Phase::Superblocks(plan) => {
                 plan.pop();
                 if plan.is_empty() {
-                    self.phase = Phase::Flush;
+                    self.read_on();
                 }
             }
-            Phase::Flush => self.read_on(),
             Phase::Rings(from) => {
                 *from += io.len;
                 self.rings.extend_from_slice(bytes);
@@ -295,7 +292,7 @@ impl<H: Host> Opener<H> {
             }
             Goal::Create { params, force } => {
                 let made = format(params)?;
-                match found {
+                let replaced = match found {
                     Ok(found)
                         if found.volume_uuid == made.volume_uuid
                             && found.node_id == made.node_id =>
@@ -305,14 +302,16 @@ impl<H: Host> Opener<H> {
                         return Ok(());
                     }
                     Ok(found) if !force => return Err(other_volume(&found)),
-                    Err(PickError::NoSuperblock) | Ok(_) => {}
-                    Err(error) if !force => return Err(error.into()),
-                    Err(_) => {}
-                }
+                    Ok(found) => Some(found),
+                    Err(error) if !force && !matches!(error, PickError::NoSuperblock) => {
+                        return Err(error.into());
+                    }
+                    Err(_) => None,
+                };
                 if !force {
                     check_occupied(recognise(&self.front, &self.end).as_ref(), &made.layout)?;
                 }
-                self.phase = Phase::Zero(made.layout.al_offset());
+                self.phase = Phase::Making(plan_of(&made, replaced.as_ref())?);
                 self.superblock = Some(made);
                 self.created = true;
                 return Ok(());
@@ -383,10 +382,20 @@ impl<H: Host> Opener<H> {
     }
 }
 
-/// The metadata between the data and the superblocks at the end of the device ends here.
-fn end_of_bitmaps(layout: &Layout) -> u64 {
-    let pages = u64::from(layout.peer_slots()) * u64::from(layout.bitmap_pages());
-    layout.bitmap_offset() + pages * BLOCK
+/// The steps of making the metadata, the first one last. Whatever superblocks there are go first: a crash leaves the
+/// former metadata as they were, or none.
+fn plan_of(made: &Superblock, replaced: Option<&Superblock>) -> Result<Vec<Making>, OpenError> {
+    let erase = erase_plan(&made.layout, replaced);
+    let mut plan: Vec<Making> = erase.superblocks.into_iter().map(Making::Zero).collect();
+    plan.push(Making::Flush);
+    plan.extend(erase.rest.into_iter().map(Making::Zero));
+    plan.push(Making::Flush);
+    for (offset, block) in made.write_plan()? {
+        plan.push(Making::Superblock(offset, Box::new(block)));
+    }
+    plan.push(Making::Flush);
+    plan.reverse();
+    Ok(plan)
 }
 
 /// Bits beyond the volume's end have no meaning.

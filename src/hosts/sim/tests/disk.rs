@@ -1,6 +1,7 @@
 //! The backing device of one node goes and comes back while the other one goes on.
 
 use crate::engine::manager::Order;
+use crate::engine::meta::format::Content;
 use crate::engine::peer::state::DiskState;
 use crate::hosts::sim::world::{Config, MS, World};
 
@@ -55,4 +56,16 @@ fn a_replica_declared_the_newest_in_the_middle_of_a_resync_can_be_read() {
         world.read(1, 3900, 8);
         world.read(1, 0, 8);
     }
+}
+
+#[test]
+fn making_a_volume_leaves_nothing_in_front_of_the_data() {
+    let mut world = World::new(1, Config::default());
+    let disk = &mut world.nodes[0].disk;
+    disk.plant(64 << 10, &[1; 4096]);
+    disk.plant(1 << 20, &[2; 4096]);
+    world.create(0, Content::Nothing);
+    let disk = &world.nodes[0].disk;
+    assert_eq!(disk.read(64 << 10..(64 << 10) + 4096), [0; 4096]);
+    assert_eq!(disk.read(1 << 20..(1 << 20) + 4096), [2; 4096]);
 }
