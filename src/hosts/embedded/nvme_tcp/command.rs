@@ -471,10 +471,10 @@ pub const CONNECT_OFFSET_SUBSYSTEM_NQN: u32 = 256;
 /// Offset of HOSTNQN in Connect's data.
 pub const CONNECT_OFFSET_HOST_NQN: u32 = 512;
 
-/// A zero-terminated NQN field of 256 bytes; None if it is empty, too long or not UTF-8.
+/// A zero-terminated NQN field of 256 bytes; None if it is too long or not UTF-8.
 fn parse_nqn(field: &[u8]) -> Option<String> {
     let length = field.iter().position(|byte| *byte == 0)?;
-    if length == 0 || length > NQN_BYTES_MAX {
+    if length > NQN_BYTES_MAX {
         return None;
     }
     let text = std::str::from_utf8(field.get(..length)?).ok()?;
@@ -482,14 +482,16 @@ fn parse_nqn(field: &[u8]) -> Option<String> {
 }
 
 impl ConnectData {
-    /// Fails with the offset of the field that is wrong.
+    /// Fails with the offset of the field that is wrong. A host without a name is taken, as SPDK's target
+    /// takes it: SPDK's `spdk_nvme_perf` has none.
     pub fn parse(bytes: &[u8; CONNECT_DATA_BYTES]) -> Result<ConnectData, u32> {
+        let subsystem_nqn = parse_nqn(&bytes[256..512]).filter(|nqn| !nqn.is_empty());
         let mut host_id = [0; 16];
         host_id.copy_from_slice(&bytes[..16]);
         Ok(ConnectData {
             host_id,
             controller_id: u16::from_le_bytes([bytes[16], bytes[17]]),
-            subsystem_nqn: parse_nqn(&bytes[256..512]).ok_or(CONNECT_OFFSET_SUBSYSTEM_NQN)?,
+            subsystem_nqn: subsystem_nqn.ok_or(CONNECT_OFFSET_SUBSYSTEM_NQN)?,
             host_nqn: parse_nqn(&bytes[512..768]).ok_or(CONNECT_OFFSET_HOST_NQN)?,
         })
     }
@@ -600,7 +602,21 @@ mod tests {
         );
         bytes[300] = 0;
         assert_eq!(ConnectData::parse(&bytes), Err(CONNECT_OFFSET_HOST_NQN));
-        bytes[512] = 0;
-        assert_eq!(ConnectData::parse(&bytes), Err(CONNECT_OFFSET_HOST_NQN));
+        bytes[256] = 0;
+        assert_eq!(
+            ConnectData::parse(&bytes),
+            Err(CONNECT_OFFSET_SUBSYSTEM_NQN)
+        );
+    }
+
+    #[test]
+    fn a_host_without_a_name_can_connect() {
+        let nameless = ConnectData {
+            host_id: [1; 16],
+            controller_id: CONTROLLER_ID_DYNAMIC,
+            subsystem_nqn: "nqn.2016-06.io.spdk:cnode1".into(),
+            host_nqn: String::new(),
+        };
+        assert_eq!(ConnectData::parse(&nameless.emit()), Ok(nameless));
     }
 }
