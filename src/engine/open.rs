@@ -11,7 +11,7 @@ use crate::engine::meta::bitmap_page;
 use crate::engine::meta::block::BLOCK_SIZE;
 use crate::engine::meta::foreign::{END_BYTES, FRONT_BYTES, recognise};
 use crate::engine::meta::format::{FormatError, FormatParams, check_occupied, erase_plan, format};
-use crate::engine::meta::layout::{Placement, superblock_places};
+use crate::engine::meta::layout::superblock_places;
 use crate::engine::meta::superblock::{PickError, Superblock, SuperblockError, pick};
 use crate::host::{Completion, Data, DiskIo, DiskOp, Host, IoStatus, Token};
 
@@ -66,11 +66,6 @@ pub enum OpenError {
         uuid: uuid::Uuid,
         node_id: u8,
     },
-    #[error(
-        "the device carries this volume already, with {size_bytes} bytes from byte {data_offset} on, not as asked \
-         for; leave size and placement out to bring it back, or wipe it first"
-    )]
-    OtherShape { size_bytes: u64, data_offset: u64 },
     #[error("the device has {0} bytes, too few for a volume")]
     TooSmall(u64),
     #[error("the device failed to {what} {len} bytes at byte {offset}")]
@@ -297,36 +292,34 @@ impl<H: Host> Opener<H> {
             }
             Goal::Create { params, force } => {
                 let made = format(params)?;
+                // A volume that was made has at least two: one alone, damaged, was torn while it was being made.
+                let unfinished = matches!(found, Err(PickError::Damaged(_)))
+                    && made
+                        .layout
+                        .superblock_offsets()
+                        .filter_map(|offset| places.iter().position(|&place| place == offset))
+                        .filter(|&place| blocks[place].is_none_or(|block| block != [0; BLOCK_SIZE]))
+                        .count()
+                        <= 1;
                 let replaced = match found {
                     Ok(found)
                         if found.volume_uuid == made.volume_uuid
                             && found.node_id == made.node_id =>
                     {
-                        let wanted = params
-                            .layout
-                            .data_size_bytes
-                            .map(|_| made.layout.data_size());
-                        let in_place = made.layout.placement() == Placement::InPlace;
-                        if wanted.is_some_and(|size| size != found.layout.data_size())
-                            || (in_place && found.layout.placement() != Placement::InPlace)
-                        {
-                            return Err(OpenError::OtherShape {
-                                size_bytes: found.layout.data_size(),
-                                data_offset: found.layout.data_offset(),
-                            });
-                        }
                         self.superblock = Some(found);
                         self.read_on();
                         return Ok(());
                     }
                     Ok(found) if !force => return Err(other_volume(&found)),
                     Ok(found) => Some(found),
-                    Err(error) if !force && !matches!(error, PickError::NoSuperblock) => {
+                    Err(error)
+                        if !force && !unfinished && !matches!(error, PickError::NoSuperblock) =>
+                    {
                         return Err(error.into());
                     }
                     Err(_) => None,
                 };
-                if !force {
+                if !force && !unfinished {
                     check_occupied(recognise(&self.front, &self.end).as_ref(), &made.layout)?;
                 }
                 self.phase = Phase::Making(plan_of(&made, replaced.as_ref())?);
@@ -404,8 +397,9 @@ impl<H: Host> Opener<H> {
 /// former metadata as they were, or none.
 fn plan_of(made: &Superblock, replaced: Option<&Superblock>) -> Result<Vec<Making>, OpenError> {
     let erase = erase_plan(&made.layout, replaced);
-    let mut plan: Vec<Making> = erase.superblocks.into_iter().map(Making::Zero).collect();
-    plan.push(Making::Flush);
+    // One after the other: an older one that is left alone would be taken for the newest.
+    let superblocks = erase.superblocks.into_iter().map(Making::Zero);
+    let mut plan: Vec<Making> = superblocks.flat_map(|zero| [zero, Making::Flush]).collect();
     plan.extend(erase.rest.into_iter().map(Making::Zero));
     plan.push(Making::Flush);
     for (offset, block) in made.write_plan()? {

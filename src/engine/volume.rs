@@ -137,6 +137,11 @@ pub struct Shared {
 
 impl Shared {
     pub fn new(geometry: VolumeGeometry) -> Self {
+        Self::with_window(geometry, DuplicateWindow::DEFAULT_CAPACITY)
+    }
+
+    /// `commands`: how many of each peer's are remembered, a power of two; more than it has in flight.
+    pub fn with_window(geometry: VolumeGeometry, commands: usize) -> Self {
         let (bits, granules) = (geometry.bits(), geometry.granules());
         Self {
             geometry,
@@ -146,9 +151,7 @@ impl Shared {
             touched: AtomicBits::new(granules),
             partial: AtomicBits::new(granules),
             served: std::array::from_fn(|_| AtomicBits::new(granules)),
-            duplicates: std::array::from_fn(|_| {
-                DuplicateWindow::new(DuplicateWindow::DEFAULT_CAPACITY)
-            }),
+            duplicates: std::array::from_fn(|_| DuplicateWindow::new(commands)),
             sequence: AtomicU64::new(0),
         }
     }

@@ -162,7 +162,7 @@ pub fn check_occupied(found: Option<&Foreign>, layout: &Layout) -> Result<(), Fo
 /// as it was or none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ErasePlan {
-    /// The superblocks, old and new.
+    /// The superblocks, old and new; the newest old one last, so that it is not an older one that is left.
     pub superblocks: Vec<Range<u64>>,
     /// Everything else that the metadata takes.
     pub rest: Vec<Range<u64>>,
@@ -171,13 +171,20 @@ pub struct ErasePlan {
 /// What to erase for a fresh volume of this layout. `replaced` is the superblock that was found on the
 /// device: it may lie in other places.
 pub fn erase_plan(layout: &Layout, replaced: Option<&Superblock>) -> ErasePlan {
+    let newest: Vec<u64> = replaced
+        .into_iter()
+        .flat_map(|old| {
+            let offsets = old.layout.superblock_offsets();
+            offsets.skip(old.version_index()).step_by(2)
+        })
+        .collect();
     let mut offsets: Vec<u64> = layout.superblock_offsets().collect();
     offsets.extend(
         replaced
             .into_iter()
             .flat_map(|old| old.layout.superblock_offsets()),
     );
-    offsets.sort_unstable();
+    offsets.sort_unstable_by_key(|offset| (newest.contains(offset), *offset));
     offsets.dedup();
     let superblocks = offsets
         .into_iter()

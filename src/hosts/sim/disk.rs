@@ -13,6 +13,7 @@ const SECTOR: u64 = 512;
 type Versions = Vec<(u64, Vec<u8>)>;
 
 /// One backing device. Pages that were never written read as zeroes.
+#[derive(Clone)]
 pub struct Disk {
     size_bytes: u64,
     volatile: bool,
@@ -170,6 +171,9 @@ impl Disk {
         for page in numbers {
             let range = (page * PAGE).max(bytes.start)..((page + 1) * PAGE).min(bytes.end);
             let (mine, theirs) = (self.read(range.clone()), other.read(range.clone()));
+            if mine == theirs {
+                continue;
+            }
             if let Some(at) = (0..mine.len()).find(|&at| mine[at] != theirs[at]) {
                 return Some(range.start + at as u64);
             }

@@ -10,6 +10,7 @@ pub mod link;
 pub mod memory;
 pub mod node;
 pub mod random;
+pub mod record;
 pub mod world;
 
 pub use world::{Config, World};

@@ -15,7 +15,9 @@ use super::link::Transit;
 use super::memory::Payload;
 use super::node::{Core, Engine, Node};
 use super::random::Random;
+use super::record::Recorded;
 use crate::engine::channel::Channel;
+use crate::engine::duplicates::DuplicateWindow;
 use crate::engine::manager::{Manager, Options, Order, PeerReport, VolumeState};
 use crate::engine::message::{OrderId, OrderOutcome, ToChannel, ToManager};
 use crate::engine::meta::format::{Content, FormatParams};
@@ -45,6 +47,8 @@ pub struct Config {
     pub granularity_log2: Vec<u8>,
     pub al_extents: u32,
     pub volatile_caches: bool,
+    /// Commands of each peer that a node remembers.
+    pub command_window: usize,
     /// Chance in percent that a node is out of a resource when it asks.
     pub scarcity_percent: u64,
 }
@@ -59,6 +63,7 @@ impl Default for Config {
             granularity_log2: vec![12],
             al_extents: 8,
             volatile_caches: false,
+            command_window: DuplicateWindow::DEFAULT_CAPACITY,
             scarcity_percent: 0,
         }
     }
@@ -140,6 +145,8 @@ pub struct World {
     /// Commands that are delivered when the test says so: opcode, and what was caught.
     pub(super) catching: Option<u8>,
     pub(super) caught: Vec<Event>,
+    /// What happened, for a test that replays it: node and event.
+    pub(super) recording: Option<Vec<(usize, Recorded)>>,
 }
 
 impl World {
@@ -166,6 +173,7 @@ impl World {
             fenced: 0,
             catching: None,
             caught: Vec::new(),
+            recording: None,
         }
     }
 
@@ -282,9 +290,8 @@ impl World {
         *all.get(node).or(all.last()).unwrap_or(&12)
     }
 
-    /// Starts a node on an empty device.
-    pub fn create(&mut self, node: usize, content: Content) {
-        let params = FormatParams {
+    fn format_params(&self, node: usize, content: Content) -> FormatParams {
+        FormatParams {
             name: "volume".to_owned(),
             volume_uuid: None,
             node_id: node as u8,
@@ -301,14 +308,20 @@ impl World {
             },
             al_extents: self.config.al_extents,
             content,
-        };
-        self.open(
-            node,
-            Goal::Create {
-                params: Box::new(params),
-                force: false,
-            },
-        );
+        }
+    }
+
+    /// What a node's device is made for.
+    pub fn creation(&self, node: usize, content: Content) -> Goal {
+        Goal::Create {
+            params: Box::new(self.format_params(node, content)),
+            force: false,
+        }
+    }
+
+    /// Starts a node on an empty device.
+    pub fn create(&mut self, node: usize, content: Content) {
+        self.open(node, self.creation(node, content));
         self.wait_attached(node);
     }
 
@@ -345,17 +358,18 @@ impl World {
     }
 
     fn opened(&mut self, node: usize, opened: Opened) {
-        let cores = self.config.cores;
+        let (cores, command_window) = (self.config.cores, self.config.command_window);
         self.call(node, MANAGER, |node, core| {
             node.opener = None;
             let engine = node.engine.get_or_insert_with(|| {
                 let layout = &opened.superblock.layout;
-                let shared = Arc::new(Shared::new(VolumeGeometry {
+                let geometry = VolumeGeometry {
                     block_size: layout.block_size(),
                     size_blocks: layout.data_size() / u64::from(layout.block_size()),
                     data_offset: layout.data_offset(),
                     granularity_log2: layout.granularity_log2(),
-                }));
+                };
+                let shared = Arc::new(Shared::with_window(geometry, command_window));
                 let mut manager = Manager::new(
                     Arc::clone(&shared),
                     opened.superblock.clone(),

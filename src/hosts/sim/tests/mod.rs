@@ -3,3 +3,4 @@
 mod basic;
 mod disk;
 mod soak;
+mod torn;

@@ -8,6 +8,7 @@ use crate::host::{Completion, Data, DiskIo, DiskOp, IoStatus, PeerAddress, Token
 use crate::hosts::sim::link::{LinkState, Outstanding, PeerIo, Transit};
 use crate::hosts::sim::memory::Payload;
 use crate::hosts::sim::node::{Action, Core, DiskWork};
+use crate::hosts::sim::record::Recorded;
 
 /// How long an attempt to connect to nobody takes.
 const REFUSED_NS: u64 = 1_000_000;
@@ -114,6 +115,7 @@ impl World {
                     (Data::Payload(memory), _) => memory.bytes()[..data_len].to_vec(),
                     (Data::Buffer(buffer), _) => buffer.0[..data_len].to_vec(),
                 };
+                self.record_sent(node, core, token, opcode, &words, data_len as u32);
                 let incarnation = self.nodes[node].incarnation;
                 let link = &mut self.nodes[node].links[slot];
                 link.outstanding
@@ -212,6 +214,7 @@ impl World {
             }
         }
         let id = self.id();
+        self.record_submitted(node, id, token, io, &data);
         let submitted = self.nodes[node].disk.order();
         self.nodes[node].disk_work.insert(
             id,
@@ -243,6 +246,7 @@ impl World {
             (DiskOp::Write { .. }, Data::None) => panic!("a write without data"),
             _ => disk.execute(work.io, work.submitted, &[]),
         };
+        self.record(node, |_| Some(Recorded::Done { id }));
         if work.io.op == DiskOp::Read {
             match &mut work.data {
                 Data::Payload(memory) => memory.write(&read),
@@ -293,6 +297,10 @@ impl World {
             token,
             data: mut own,
         } = outstanding;
+        self.record(node, |_| {
+            let ok = status == IoStatus::Ok && answer == PeerAnswer::Ok;
+            Some(Recorded::Ended { core, token, ok })
+        });
         match (&mut own, data) {
             (Data::Payload(memory), Some(bytes)) => memory.write(&bytes),
             (Data::Payload(memory), None) => drop(memory.bytes()),

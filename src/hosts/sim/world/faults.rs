@@ -4,6 +4,7 @@ use super::{Event, What, World};
 use crate::host::Data;
 use crate::hosts::sim::link::{Link, LinkState};
 use crate::hosts::sim::memory::Payload;
+use crate::hosts::sim::record::Recorded;
 
 impl World {
     /// Nothing passes between two nodes any more, and nobody is told.
@@ -114,6 +115,9 @@ impl World {
         if power {
             stopped.disk.power_loss(&mut self.random);
         }
+        self.record(node, |world| {
+            Some(Recorded::Crashed(world.nodes[node].disk.clone()))
+        });
         let lost: Vec<u64> = self
             .apps
             .iter()
