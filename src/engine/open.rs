@@ -11,7 +11,7 @@ use crate::engine::meta::bitmap_page;
 use crate::engine::meta::block::BLOCK_SIZE;
 use crate::engine::meta::foreign::{END_BYTES, FRONT_BYTES, recognise};
 use crate::engine::meta::format::{FormatError, FormatParams, check_occupied, erase_plan, format};
-use crate::engine::meta::layout::superblock_places;
+use crate::engine::meta::layout::{Placement, superblock_places};
 use crate::engine::meta::superblock::{PickError, Superblock, SuperblockError, pick};
 use crate::host::{Completion, Data, DiskIo, DiskOp, Host, IoStatus, Token};
 
@@ -66,6 +66,11 @@ pub enum OpenError {
         uuid: uuid::Uuid,
         node_id: u8,
     },
+    #[error(
+        "the device carries this volume already, with {size_bytes} bytes from byte {data_offset} on, not as asked \
+         for; leave size and placement out to bring it back, or wipe it first"
+    )]
+    OtherShape { size_bytes: u64, data_offset: u64 },
     #[error("the device has {0} bytes, too few for a volume")]
     TooSmall(u64),
     #[error("the device failed to {what} {len} bytes at byte {offset}")]
@@ -306,6 +311,19 @@ impl<H: Host> Opener<H> {
                         if found.volume_uuid == made.volume_uuid
                             && found.node_id == made.node_id =>
                     {
+                        let wanted = params
+                            .layout
+                            .data_size_bytes
+                            .map(|_| made.layout.data_size());
+                        let in_place = made.layout.placement() == Placement::InPlace;
+                        if wanted.is_some_and(|size| size != found.layout.data_size())
+                            || (in_place && found.layout.placement() != Placement::InPlace)
+                        {
+                            return Err(OpenError::OtherShape {
+                                size_bytes: found.layout.data_size(),
+                                data_offset: found.layout.data_offset(),
+                            });
+                        }
                         self.superblock = Some(found);
                         self.read_on();
                         return Ok(());

@@ -354,6 +354,18 @@ impl IncompatibleReason {
             IncompatibleReason::Size { .. } => 5,
         }
     }
+
+    /// What a code says to the node that gets it in an answer and knows no numbers.
+    pub const fn refusal(code: u8) -> Option<&'static str> {
+        Some(match code {
+            1 => "the peer speaks no protocol version that this node speaks",
+            2 => "the peer's volume has another UUID; create both with the same name or UUID",
+            3 => "the peer is another node than was added here, or knows this node by another id",
+            4 => "the peer's volume has another block size",
+            5 => "the peer's volume has another size; create both with the same size",
+            _ => return None,
+        })
+    }
 }
 
 /// What both nodes will use, or why they cannot. Both sides reach the same, from exchanged arguments.

@@ -147,10 +147,10 @@ impl AdminSession {
                 admin_opcode::ABORT => {
                     let queue_id = sqe.cdw10_15[0] as u16;
                     let command_id = (sqe.cdw10_15[0] >> 16) as u16;
-                    let is_it = |(_, id): &(u16, u16)| queue_id == 0 && *id == command_id;
-                    if let Some(at) = self.event_requests.iter().position(is_it) {
-                        let (event_slot, _) = self.event_requests.remove(at);
-                        return Outcome::Aborted { event_slot };
+                    if queue_id == 0 {
+                        if let Some(event_slot) = self.take_event_request(command_id) {
+                            return Outcome::Aborted { event_slot };
+                        }
                     }
                     // Bit 0: the command was not aborted.
                     Ok(1)
@@ -182,6 +182,13 @@ impl AdminSession {
                 self.changed_namespaces.insert(index as u32 + 1);
             }
         }
+    }
+
+    /// Forgets a waiting Asynchronous Event Request; returns its slot.
+    pub fn take_event_request(&mut self, command_id: u16) -> Option<u16> {
+        let is_it = |(_, id): &(u16, u16)| *id == command_id;
+        let at = self.event_requests.iter().position(is_it)?;
+        Some(self.event_requests.remove(at).0)
     }
 
     /// An Asynchronous Event Request to answer, and dword 0 of its completion: type "notice" in bits 2:0,

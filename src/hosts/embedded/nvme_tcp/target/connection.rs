@@ -388,6 +388,7 @@ impl<S: Socket> TargetConnection<S> {
         }
         // More commands than the queue has entries.
         let index = self.slots.begin(sqe).ok_or(Fault::sequence())?;
+        self.forget_abandoned_event_request(index, pool);
         self.queue_head = (self.queue_head + 1) % self.queue_entries.max(1);
         if payload_bytes == 0 {
             self.dispatch(index, false, pool, backend);
@@ -400,6 +401,22 @@ impl<S: Socket> TargetConnection<S> {
         self.receiving = Some((index, payload_bytes));
         self.receiver.receive_into(data);
         Ok(())
+    }
+
+    /// A host that uses the command id of a waiting Asynchronous Event Request again has given that up:
+    /// SPDK's does so before it shuts the controller down. An answer to it would now be taken for the new
+    /// command's.
+    fn forget_abandoned_event_request(&mut self, index: u16, pool: &mut BufferPool) {
+        let (Some(admin), Some(command_id)) = (
+            self.admin.as_mut(),
+            self.slots.conflicting_command_id(index),
+        ) else {
+            return;
+        };
+        if let Some(event_slot) = admin.take_event_request(command_id) {
+            self.slots.hand_command_id_over(event_slot, index);
+            self.slots.release(event_slot, pool);
+        }
     }
 
     fn on_data(&mut self, data: &DataHeader) -> Result<(), Fault> {

@@ -149,6 +149,21 @@ impl SlotTable {
         Some(index)
     }
 
+    /// The request's command id, if another one has it.
+    pub fn conflicting_command_id(&self, index: u16) -> Option<u16> {
+        let slot = self.slots.get(usize::from(index))?;
+        (!slot.owns_command_id).then_some(slot.sqe.command_id)
+    }
+
+    /// Gives the command id of `from`, whose request is to be released, to `to`, which has the same.
+    pub fn hand_command_id_over(&mut self, from: u16, to: u16) {
+        for (index, owns) in [(from, false), (to, true)] {
+            if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+                slot.owns_command_id = owns;
+            }
+        }
+    }
+
     /// The slot's own memory, `length_bytes` of it (at most the capsule size).
     pub fn capsule_data(&self, index: u16, length_bytes: u32) -> DataPointer {
         let length_bytes = length_bytes.min(self.capsule_bytes);

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::hosts::embedded::nvme_tcp::command::{
-    CONTROLLER_ID_DYNAMIC, ConnectCommand, ConnectData, Cqe, Sgl,
+    CONTROLLER_ID_DYNAMIC, ConnectCommand, ConnectData, Cqe, Sgl, admin_opcode, fabrics_type,
+    property,
 };
 use crate::hosts::embedded::nvme_tcp::pdu::{
     COMMON_HEADER_BYTES, DataHeader, Digests, EMIT_BYTES_MAX, Fault, IcReq, PduHeader, Sender,
@@ -421,6 +422,40 @@ fn wrong_sgls_are_answered_with_their_status() {
     raw.command(&mut lab, read, &[]);
     let status = raw.completion().unwrap().status;
     assert_eq!(status, NvmeStatus::SGL_DESCRIPTOR_TYPE_INVALID);
+}
+
+#[test]
+fn a_command_takes_its_id_from_an_event_request_that_the_host_has_given_up() {
+    let mut lab = Lab::new(TargetOptions::default());
+    let mut raw = Raw::new(&mut lab);
+    raw.handshake(&mut lab, Digests::default());
+    raw.connect(&mut lab, 0, CONTROLLER_ID_DYNAMIC);
+    let fabrics = |kind, words| Sqe {
+        command_id: 3,
+        ..Sqe::fabrics(kind, words)
+    };
+    let enable = fabrics(fabrics_type::PROPERTY_SET, [0, property::CC, 1, 0, 0, 0]);
+    raw.command(&mut lab, enable, &[]);
+    assert!(raw.completion().unwrap().status.is_success());
+    let event_request = Sqe {
+        opcode: admin_opcode::ASYNC_EVENT_REQUEST,
+        command_id: 3,
+        ..Sqe::default()
+    };
+    raw.command(&mut lab, event_request, &[]);
+    assert_eq!(raw.completion(), None);
+    let get = fabrics(fabrics_type::PROPERTY_GET, [0, property::CC, 0, 0, 0, 0]);
+    for _ in 0..2 {
+        raw.command(&mut lab, get, &[]);
+        let cqe = raw.completion().unwrap();
+        assert_eq!((cqe.command_id, cqe.result), (3, 1));
+        assert!(cqe.status.is_success());
+    }
+    let mut state = lab.target.lock().unwrap();
+    state.remove_namespace(NQN, 1).unwrap();
+    drop(state);
+    lab.turn();
+    assert_eq!(raw.completion(), None, "nobody asks for events any more");
 }
 
 #[test]
