@@ -36,7 +36,7 @@ pub enum Drain {
     EveryNotice,
     /// Everything that uses the backing device.
     Disk,
-    /// Application I/O.
+    /// Application I/O that has begun; what is held stays held.
     Application,
 }
 
@@ -61,7 +61,8 @@ pub enum ToManager<H: Host> {
     Drained(ChannelId, u64),
     /// These extents are idle: make durable what their writes left behind, so that they can leave the log.
     Retire(ChannelId, Vec<u32>, Vec<(PeerSlot, HarvestedPages)>),
-    /// A write is done but for these peers (a mask of slots), which had the latest data.
+    /// Writes are done but for these peers (a mask of slots), which had the latest data; or, with
+    /// [`LOCAL_MASK`](crate::engine::request::LOCAL_MASK), wait because there is no disk here.
     NeedGeneration(u8),
     /// A command of this session ended without an answer, or with one that ends the session.
     PeerLost(PeerSlot, u32),

@@ -76,13 +76,30 @@ impl<H: Host> Channel<H> {
         if !self.view.has_data() {
             return self.end(cx, index, AppStatus::Failed);
         }
-        let Some(request) = self.requests.get(index) else {
+        let Some(kind) = self.requests.get(index).map(|request| request.kind) else {
             return Step::Leave;
         };
-        match request.kind {
+        match kind {
             RequestKind::Read => self.choose_source(cx, index),
             RequestKind::Flush => self.assign_flush(index),
+            _ if self.waits_for_peers(cx) => Step::Wait,
             _ => self.enter(index, Stage::Lock),
+        }
+    }
+
+    /// Without a disk of its own a Primary writes only when its peers mark by themselves what that disk lacks.
+    fn waits_for_peers(&mut self, cx: &mut H) -> bool {
+        let waits = !self.view.disk_is_usable() && !self.view.own_disk_may_miss;
+        if waits {
+            self.need_generation(cx, LOCAL_MASK);
+        }
+        waits
+    }
+
+    fn need_generation(&mut self, cx: &mut H, missing: u8) {
+        if missing & !self.requested.generation_for != 0 {
+            self.requested.generation_for |= missing;
+            cx.to_manager(ToManager::NeedGeneration(missing));
         }
     }
 
@@ -212,7 +229,7 @@ impl<H: Host> Channel<H> {
                 if self.view.closing || self.view.role != Role::Primary {
                     return self.end(cx, index, AppStatus::Inaccessible);
                 }
-                if !self.view.permits_io() {
+                if !self.view.permits_io() || self.waits_for_peers(cx) {
                     self.release(index);
                     return self.enter(index, Stage::Held);
                 }
@@ -220,10 +237,6 @@ impl<H: Host> Channel<H> {
                     return self.end(cx, index, AppStatus::Failed);
                 }
                 self.assign_peers(index, lba, blocks);
-                if !self.view.disk_is_usable() && !self.view.own_disk_may_miss {
-                    // The peers do not record yet by themselves what this node's disk lacks.
-                    self.without_disk(index);
-                }
             }
             Origin::Peer { slot, session, .. } => {
                 if session != self.view.peers[slot].recv_session {
@@ -234,6 +247,7 @@ impl<H: Host> Channel<H> {
                     return self.end_received(cx, index, PeerAnswer::DiskError);
                 }
                 if self.view.peers[slot].diskless {
+                    // The sender has no disk: what it writes here, that disk lacks.
                     self.miss(index, slot);
                 }
             }
@@ -343,16 +357,17 @@ impl<H: Host> Channel<H> {
         if request.local_failed
             && !(self.view.own_disk_may_miss && self.is_drained(Drain::EveryNotice))
         {
+            if !self.view.has_data() {
+                return self.end(cx, index, AppStatus::Failed);
+            }
+            self.need_generation(cx, LOCAL_MASK);
             return Step::Wait;
         }
         let unsettled = (0..MAX_PEERS)
             .filter(|&slot| request.missed & (1 << slot) != 0 && !self.view.peers[slot].may_miss)
             .fold(0u8, |mask, slot| mask | 1 << slot);
         if unsettled != 0 {
-            if unsettled & !self.requested.generation_for != 0 {
-                self.requested.generation_for |= unsettled;
-                cx.to_manager(ToManager::NeedGeneration(unsettled));
-            }
+            self.need_generation(cx, unsettled);
             return Step::Wait;
         }
         self.end(cx, index, AppStatus::Ok)

@@ -113,12 +113,15 @@ impl<H: Host> Channel<H> {
     }
 
     /// What the local disk does not have, the peers must know of.
-    pub(super) fn without_disk(&mut self, index: u16) {
+    fn without_disk(&mut self, index: u16) {
         let Some(request) = self.requests.get_mut(index) else {
             return;
         };
         request.tried |= LOCAL_MASK;
-        if !request.kind.writes() || !matches!(request.origin, Origin::Application(_)) {
+        if !request.kind.writes()
+            || request.local_failed
+            || !matches!(request.origin, Origin::Application(_))
+        {
             return;
         }
         request.local_failed = true;
@@ -149,12 +152,12 @@ impl<H: Host> Channel<H> {
         self.enqueue(index);
     }
 
-    /// The local disk is no longer used.
+    /// The local disk is no longer used: what it has not confirmed, it lacks.
     pub(super) fn lose_disk(&mut self, index: u16) {
         let Some(request) = self.requests.get_mut(index) else {
             return;
         };
-        if request.unsent & LOCAL_MASK != 0 {
+        if (request.unsent | request.pending) & LOCAL_MASK != 0 {
             request.unsent &= !LOCAL_MASK;
             self.without_disk(index);
             self.enqueue(index);

@@ -316,10 +316,9 @@ impl<H: Host> Channel<H> {
                 self.notices[slot].queued.is_empty() && self.notices[slot].in_flight == 0
             }
             Drain::EveryNotice => (0..MAX_PEERS).all(|slot| self.is_drained(Drain::Notices(slot))),
-            Drain::Application => self
-                .requests
-                .iter()
-                .all(|(_, request)| !matches!(request.origin, Origin::Application(_))),
+            Drain::Application => self.requests.iter().all(|(_, request)| {
+                request.stage == Stage::Held || !matches!(request.origin, Origin::Application(_))
+            }),
             Drain::Received(peer) => {
                 let current = self.view.peers[peer].recv_session;
                 self.requests.iter().all(|(_, request)| {

@@ -2,9 +2,9 @@
 //! before anything else is written.
 
 use super::Manager;
-use super::steps::{DiskStep, OrderStep, Then};
+use super::steps::{DiskStep, Then};
 use crate::engine::MAX_PEERS;
-use crate::engine::message::{DiskStart, Drain, ToChannel};
+use crate::engine::message::{DiskStart, Drain, OrderError, OrderErrorKind, ToChannel};
 use crate::engine::meta::superblock::PersistedDisk;
 use crate::engine::open::Opened;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
@@ -83,7 +83,7 @@ impl<H: Host> Manager<H> {
             DiskStep::AttachDurable => self.attach_durable(cx),
             DiskStep::Attached => {
                 self.hello_changed(cx);
-                self.attached(cx);
+                self.attach_ended(cx, Ok(()));
             }
             DiskStep::FailedAdopted => {
                 self.drain(cx, Drain::EveryNotice, Then::Disk(DiskStep::FailedNoticed))
@@ -102,7 +102,8 @@ impl<H: Host> Manager<H> {
 
     fn attach_durable(&mut self, cx: &mut H) {
         if !self.metadata.enabled || self.view.disk != DiskState::Attaching {
-            return;
+            let text = "the disk failed or was let go while it was attached";
+            return self.attach_ended(cx, Err(OrderError::new(OrderErrorKind::Io, text)));
         }
         for &channel in &self.channels {
             let start = DiskStart {
@@ -158,9 +159,7 @@ impl<H: Host> Manager<H> {
 
     fn failed_noticed(&mut self, cx: &mut H) {
         if self.goes_on_without_disk() {
-            self.start_generation_without_disk(cx);
-        } else {
-            self.view.own_disk_may_miss = true;
+            self.start_generation(cx, 0, true);
         }
         self.drain(cx, Drain::Disk, Then::Disk(DiskStep::FailedDrained));
     }
@@ -168,24 +167,5 @@ impl<H: Host> Manager<H> {
     /// A Primary whose peers have the data.
     pub(super) fn goes_on_without_disk(&self) -> bool {
         self.view.role == Role::Primary && self.view.peers.iter().any(|peer| peer.has_latest())
-    }
-
-    /// A generation that this node's own disk never gets: the peers know by it what the disk is, and set its bits.
-    pub(super) fn start_generation_without_disk(&mut self, cx: &mut H) {
-        let missing = (0..MAX_PEERS)
-            .filter(|&slot| self.view.peers[slot].configured && !self.view.peers[slot].has_latest())
-            .fold(0u8, |mask, slot| mask | 1 << slot);
-        self.start_generation(cx, missing, true);
-    }
-
-    /// A generation is known everywhere: without a disk here, that includes what this node lacks.
-    pub(super) fn generation_settled(&mut self, cx: &mut H) {
-        if self.view.disk <= DiskState::Failed && self.view.disk != DiskState::Attaching {
-            self.view.own_disk_may_miss = true;
-        }
-        if let Some(id) = self.detaching.take() {
-            self.view.suspended = false;
-            self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
-        }
     }
 }

@@ -9,6 +9,8 @@ use crate::engine::meta::generation::from_random;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::NewGenerationBody;
 use crate::engine::peer::command::PeerCommand;
+use crate::engine::peer::state::DiskState;
+use crate::engine::request::LOCAL_MASK;
 use crate::host::{Host, PeerSlot};
 
 #[derive(Default)]
@@ -16,28 +18,40 @@ pub(super) struct Bump {
     round: u64,
     running: bool,
     local_done: bool,
+    /// The round says that this node goes on without its disk.
+    without_own_disk: bool,
     /// Peers that have not said that they have it.
     waiting: u8,
-    /// Slots that were asked for meanwhile.
+    /// What was asked for meanwhile: slots, and this node's disk.
     again: u8,
 }
 
 impl<H: Host> Manager<H> {
-    /// Writes wait to complete without the peers in `slots`.
+    /// Writes wait to complete without the peers in `slots`, or, with [`LOCAL_MASK`], without a disk here.
     pub(super) fn need_generation(&mut self, cx: &mut H, slots: u8) {
+        // A disk that is still failing asks for itself when the peers know what it lacks so far.
+        let without_own_disk = slots & LOCAL_MASK != 0 && self.view.disk == DiskState::Diskless;
+        if slots & !LOCAL_MASK != 0 || without_own_disk {
+            self.start_generation(cx, slots & !LOCAL_MASK, without_own_disk);
+        }
+    }
+
+    /// Goes on without `slots`, and without whoever else lacks the latest data. `without_own_disk`: and without this
+    /// node's disk, which only makes sense while a peer has the data.
+    pub(super) fn start_generation(&mut self, cx: &mut H, slots: u8, without_own_disk: bool) {
+        let without_own_disk =
+            without_own_disk && self.view.peers.iter().any(|peer| peer.has_latest());
         if self.generation.running {
             self.generation.again |= slots;
+            if without_own_disk {
+                self.generation.again |= LOCAL_MASK;
+            }
             return;
         }
         let missing = (0..MAX_PEERS)
             .filter(|&slot| self.view.peers[slot].configured)
             .filter(|&slot| slots & (1 << slot) != 0 || !self.view.peers[slot].has_latest())
             .fold(0u8, |mask, slot| mask | 1 << slot);
-        self.start_generation(cx, missing, false);
-    }
-
-    /// `without_own_disk`: this node itself goes on without its disk.
-    pub(super) fn start_generation(&mut self, cx: &mut H, missing: u8, without_own_disk: bool) {
         let needed = without_own_disk
             || (0..MAX_PEERS).any(|slot| {
                 missing & (1 << slot) != 0 && self.superblock.generations.needs_bump(slot)
@@ -56,6 +70,7 @@ impl<H: Host> Manager<H> {
         self.generation.round += 1;
         self.generation.running = true;
         self.generation.local_done = false;
+        self.generation.without_own_disk = without_own_disk;
         self.generation.waiting = 0;
         let mut missing_nodes = if without_own_disk {
             1 << self.superblock.node_id
@@ -126,10 +141,12 @@ impl<H: Host> Manager<H> {
         }
         bump.running = false;
         let again = std::mem::take(&mut bump.again);
-        self.generation_settled(cx);
+        if bump.without_own_disk && self.view.disk <= DiskState::Failed {
+            self.view.own_disk_may_miss = true;
+        }
         self.adopt(cx, Then::Nothing);
         if again != 0 {
-            self.need_generation(cx, again);
+            self.start_generation(cx, again & !LOCAL_MASK, again & LOCAL_MASK != 0);
         }
     }
 
@@ -145,19 +162,18 @@ impl<H: Host> Manager<H> {
             return self.answer(cx, reply, PeerAnswer::Malformed);
         };
         let generations = &mut self.superblock.generations;
+        let missing = (0..MAX_PEERS)
+            .filter(|&slot| {
+                self.peers[slot]
+                    .node_id
+                    .is_some_and(|node| body.missing_nodes & (1 << node) != 0)
+            })
+            .fold(0u8, |mask, slot| mask | 1 << slot);
         if body.new_current != generations.current {
-            let missing = (0..MAX_PEERS)
-                .filter(|&slot| {
-                    self.peers[slot]
-                        .node_id
-                        .is_some_and(|node| body.missing_nodes & (1 << node) != 0)
-                })
-                .fold(0u8, |mask, slot| mask | 1 << slot);
             generations.bump(body.new_current, missing);
             self.hello_changed(cx);
         }
-        let node = self.peers[slot].node_id;
-        if node.is_some_and(|node| body.missing_nodes & (1 << node) != 0) {
+        if missing & (1 << slot) != 0 {
             // It goes on without its disk, once every channel here sets its bits.
             self.view.peers[slot].diskless = true;
         }

@@ -116,8 +116,6 @@ pub struct Manager<H: Host> {
     revision: u64,
     /// A Primary with a disk that was attached again holds I/O until a peer is there, or until then.
     reattach_until_ns: Option<u64>,
-    /// A Primary detaches its disk; I/O goes on when the peers know.
-    detaching: Option<OrderId>,
     closing: bool,
 }
 
@@ -153,7 +151,6 @@ impl<H: Host> Manager<H> {
             log_sequences: Vec::new(),
             revision: 0,
             reattach_until_ns: None,
-            detaching: None,
             closing: false,
             superblock,
             shared,

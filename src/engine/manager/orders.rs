@@ -57,11 +57,24 @@ enum Work {
     /// Attach has been started by the host.
     Attach,
     /// May it be Primary yet?
-    Promote { force: bool },
+    Promote {
+        force: bool,
+    },
     /// Peers in the mask have not agreed yet.
-    Promoting { force: bool, waiting: u8 },
+    Promoting {
+        force: bool,
+        waiting: u8,
+    },
     /// Goodbye has been said to the peers in the mask; then this.
-    Parting { peers: u8, after: After },
+    Parting {
+        peers: u8,
+        after: After,
+    },
+    /// All peers have agreed; nobody else may be promoted any more.
+    Committing,
+    Demoting,
+    /// The disk is being let go.
+    Leaving,
     /// Steps are under way that end by themselves.
     Running,
 }
@@ -127,7 +140,7 @@ impl<H: Host> Manager<H> {
         self.start_order(cx, id, Work::Attach);
     }
 
-    pub(super) fn attached(&mut self, cx: &mut H) {
+    pub(super) fn attach_ended(&mut self, cx: &mut H, outcome: OrderOutcome) {
         let ids: Vec<OrderId> = self
             .orders
             .iter()
@@ -135,8 +148,16 @@ impl<H: Host> Manager<H> {
             .map(|order| order.id)
             .collect();
         for id in ids {
-            self.order_ended(cx, id, Ok(()));
+            self.order_ended(cx, id, outcome.clone());
         }
+    }
+
+    fn is_under_way(&self, is: impl Fn(&Work) -> bool) -> bool {
+        self.orders.iter().any(|order| is(&order.work))
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.is_under_way(|work| matches!(work, Work::Leaving))
     }
 
     fn start_order(&mut self, cx: &H, id: OrderId, work: Work) {
@@ -311,6 +332,9 @@ impl<H: Host> Manager<H> {
                 continue;
             };
             let late = now >= self.orders[index].deadline_ns;
+            if matches!(after, After::Detach) && self.is_leaving() {
+                continue;
+            }
             let left = (0..MAX_PEERS)
                 .filter(|&slot| peers & (1 << slot) != 0 && self.peers[slot].established)
                 .collect::<Vec<_>>();
@@ -325,7 +349,10 @@ impl<H: Host> Manager<H> {
             match after {
                 After::Done => self.ready.push_back(Then::Order(id, Ok(()))),
                 After::Remove(slot) => self.forget_peer(cx, id, slot),
-                After::Detach => self.begin_detach(cx, id),
+                After::Detach => {
+                    self.orders[index].work = Work::Leaving;
+                    self.begin_detach(cx, id);
+                }
             }
         }
     }
@@ -365,6 +392,9 @@ impl<H: Host> Manager<H> {
         }
         if self.closing {
             return Some(busy("the volume is being deleted"));
+        }
+        if self.is_leaving() || self.is_under_way(|work| matches!(work, Work::Demoting)) {
+            return Some(busy("the volume is being demoted or detached; try again"));
         }
         let peers: Vec<PromotePeer> = (0..MAX_PEERS)
             .filter(|&slot| self.peers[slot].node_id.is_some())
@@ -426,13 +456,12 @@ impl<H: Host> Manager<H> {
         let Ok(body) = PrepareBody::parse(body) else {
             return self.answer(cx, reply, PeerAnswer::Malformed);
         };
-        let own = self
-            .orders
-            .iter()
-            .any(|order| matches!(order.work, Work::Promoting { .. }));
+        let own = self.is_under_way(|work| matches!(work, Work::Promoting { .. }));
+        let agreed = self.is_under_way(|work| matches!(work, Work::Committing));
         let answer = if body.kind != ChangeKind::Promote {
             PeerAnswer::Ok
         } else if self.view.role == Role::Primary
+            || agreed
             || (own && self.superblock.node_id < body.initiator)
         {
             PeerAnswer::Refused(1)
@@ -506,7 +535,7 @@ impl<H: Host> Manager<H> {
         let Work::Promoting { force, waiting: 0 } = order.work else {
             return;
         };
-        order.work = Work::Running;
+        order.work = Work::Committing;
         if force
             && self.view.disk != DiskState::UpToDate
             && self.view.disk >= DiskState::Inconsistent
@@ -540,17 +569,22 @@ impl<H: Host> Manager<H> {
     }
 
     fn demote(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
+        let promoting =
+            self.is_under_way(|work| matches!(work, Work::Promoting { .. } | Work::Committing));
+        if promoting || self.is_leaving() {
+            return Some(busy("the volume is being promoted or detached; try again"));
+        }
         if self.view.role != Role::Primary {
             return Some(Ok(()));
         }
         self.view.role = Role::Secondary;
-        self.start_order(cx, id, Work::Running);
+        self.start_order(cx, id, Work::Demoting);
         self.adopt(cx, Then::OrderStep(id, OrderStep::DemoteAdopted));
         None
     }
 
     fn detach(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
-        if !self.metadata.enabled {
+        if !self.metadata.enabled || self.is_leaving() {
             return Some(busy(format!("the disk is {}", self.view.disk)));
         }
         let others = self.view.peers.iter().any(|peer| peer.has_latest());
@@ -559,13 +593,14 @@ impl<H: Host> Manager<H> {
                 "this node is Primary and no connected peer is UpToDate; demote it or connect a peer first",
             ));
         }
-        self.start_order(cx, id, Work::Running);
+        self.start_order(cx, id, Work::Leaving);
         self.begin_detach(cx, id);
         None
     }
 
     fn close(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
         self.closing = true;
+        self.attach_ended(cx, busy("the volume is being deleted"));
         let peers = (0..MAX_PEERS)
             .filter(|&slot| self.peers[slot].node_id.is_some())
             .fold(0u8, |mask, slot| mask | 1 << slot);
@@ -670,19 +705,17 @@ impl<H: Host> Manager<H> {
                 self.metadata.enabled = false;
                 self.view.disk = DiskState::Diskless;
                 self.tell_all();
-                if self.goes_on_without_disk() {
-                    // The disk keeps the generation that it has the data of; only the peers get the new one.
-                    self.detaching = Some(id);
-                    self.start_generation_without_disk(cx);
-                } else {
-                    self.view.own_disk_may_miss = true;
-                    self.view.suspended = false;
-                    self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
-                }
+                self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
             }
             OrderStep::DetachAdopted => {
                 cx.disk_close();
-                self.order_ended(cx, id, Ok(()));
+                if self.goes_on_without_disk() {
+                    // The disk has kept the old generation: what is written from here on it lacks.
+                    self.start_generation(cx, 0, true);
+                }
+                // A Primary's writes start when its peers know that.
+                self.view.suspended = false;
+                self.adopt(cx, Then::Order(id, Ok(())));
             }
             OrderStep::InvalidateDurable => {
                 for slot in 0..MAX_PEERS {

@@ -12,7 +12,7 @@ use crate::engine::meta::superblock::PersistedDisk;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::StateBody;
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::handshake::{Outcome, decide};
+use crate::engine::peer::handshake::{Decision, Outcome, decide};
 use crate::engine::peer::hello::{Hello, PROTOCOL_VERSIONS, feature, negotiate, session_id};
 use crate::engine::peer::state::{ConnState, DiskState, PeerState, Role};
 use crate::engine::volume::MAX_TRANSFER_BYTES;
@@ -24,6 +24,9 @@ const ASK_AGAIN_NS: u64 = 10_000_000;
 const HANDSHAKE_TIMEOUT_NS: u64 = 10_000_000_000;
 /// Received commands that a peer may have outstanding on a queue pair.
 const CREDITS: u16 = 64;
+/// Reasons of `Refused` beside those of an incompatible Hello: the two have diverged, or were never the same.
+const SPLIT_BRAIN: u8 = 100;
+const UNRELATED: u8 = 101;
 
 impl<H: Host> Manager<H> {
     /// All queue pairs to the peer are up.
@@ -324,6 +327,14 @@ impl<H: Host> Manager<H> {
                 self.try_confirm(cx, slot);
             }
             PeerAnswer::NotYet | PeerAnswer::Busy => self.peers[slot].hello = Asked::Again,
+            PeerAnswer::Refused(code @ (SPLIT_BRAIN | UNRELATED)) => {
+                let text = if code == SPLIT_BRAIN {
+                    "SplitBrain: found by the peer"
+                } else {
+                    "Unrelated: found by the peer"
+                };
+                self.stand_alone(cx, slot, text);
+            }
             answer => {
                 let text = format!("the peer does not accept this node: {answer:?}");
                 self.peers[slot].last_error = Some(text.clone());
@@ -341,7 +352,14 @@ impl<H: Host> Manager<H> {
             return self.answer(cx, reply, PeerAnswer::Refused(0));
         };
         if !self.peers[slot].wanted || self.closing {
-            return self.answer(cx, reply, PeerAnswer::Refused(0));
+            // It may have missed why: tell it.
+            let decision = decide(&self.hello(slot, 1), &theirs);
+            let code = if negotiate(&self.hello(slot, 1), &theirs).is_ok() {
+                refusal_code(&decision)
+            } else {
+                0
+            };
+            return self.answer(cx, reply, PeerAnswer::Refused(code));
         }
         if let Err(reason) = negotiate(&self.hello(slot, 1), &theirs) {
             self.peers[slot].last_error = Some(reason.to_string());
@@ -383,6 +401,10 @@ impl<H: Host> Manager<H> {
         let session = session_id(mine.nonce, theirs.nonce);
         if peer.session == 0 {
             let decision = decide(&mine, &theirs);
+            if let Some(text) = refusal(&decision) {
+                // The peer has both Hellos too: it comes to the same end.
+                return self.stand_alone(cx, slot, &text);
+            }
             peer.session = session;
             peer.decision = Some(decision);
             self.view.peers[slot].recv_session = session;
@@ -473,10 +495,7 @@ impl<H: Host> Manager<H> {
                 }
                 ConnState::WFBitMapT
             }
-            outcome => {
-                let text = format!("{outcome:?}: {}", decision.rule);
-                return self.stand_alone(cx, slot, &text);
-            }
+            Outcome::SplitBrain | Outcome::Unrelated | Outcome::Refuse(_) => return,
         };
         // A source that its peers know as Consistent has the newest data all the same: so it was decided.
         let reported = if conn == ConnState::WFBitMapT {
@@ -755,6 +774,21 @@ impl<H: Host> Manager<H> {
             cx,
             Then::Session(slot, epoch, SessionStep::ExchangeHarvested),
         );
+    }
+}
+
+/// Why this decision ends the connection, for the operator; `None` if it does not.
+fn refusal(decision: &Decision) -> Option<String> {
+    let Decision { rule, outcome } = decision;
+    (!outcome.connects()).then(|| format!("{outcome:?}: {rule}"))
+}
+
+/// What a node that does not want the connection answers to Hello, if the reason is the data.
+fn refusal_code(decision: &Decision) -> u8 {
+    match decision.outcome {
+        Outcome::SplitBrain => SPLIT_BRAIN,
+        Outcome::Unrelated => UNRELATED,
+        _ => 0,
     }
 }
 

@@ -21,8 +21,13 @@ impl<H: Host> Manager<H> {
     }
 
     pub(super) fn source_durable(&mut self, cx: &mut H, slot: PeerSlot) {
+        let paused = self.peers[slot].paused_by_peer;
         let view = &mut self.view.peers[slot];
-        view.conn = ConnState::SyncSource;
+        view.conn = if paused {
+            ConnState::PausedSyncS
+        } else {
+            ConnState::SyncSource
+        };
         view.pdsk = DiskState::Inconsistent;
         let epoch = self.peers[slot].epoch;
         self.adopt(cx, Then::Session(slot, epoch, SessionStep::SourceEntered));

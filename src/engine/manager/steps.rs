@@ -108,7 +108,7 @@ pub(super) enum OrderStep {
     DetachHarvested,
     /// The metadata says that the disk was let go cleanly.
     DetachWritten,
-    /// Every channel knows that there is no disk, and the peers know it too.
+    /// Every channel and the peers know that there is no disk.
     DetachAdopted,
     InvalidateDurable,
 }

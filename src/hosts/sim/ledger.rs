@@ -15,6 +15,8 @@ struct Block {
     /// Ended while others were pending.
     concurrent: BTreeSet<WriteId>,
     acknowledged_at: u64,
+    /// Every write, in the order of submission.
+    submitted: Vec<(u64, WriteId)>,
 }
 
 impl Default for Block {
@@ -25,6 +27,7 @@ impl Default for Block {
             pending: BTreeSet::new(),
             concurrent: BTreeSet::new(),
             acknowledged_at: 0,
+            submitted: Vec::new(),
         }
     }
 }
@@ -33,6 +36,14 @@ impl Default for Block {
 pub struct Ledger {
     blocks: BTreeMap<u64, Block>,
     acknowledged: u64,
+    submissions: u64,
+}
+
+/// What a read may return that has begun at some moment, whatever else is written until it ends.
+#[derive(Clone, Debug, Default)]
+pub struct ReadMark {
+    submissions: u64,
+    possible: BTreeMap<u64, BTreeSet<WriteId>>,
 }
 
 /// Content of one block of a write.
@@ -55,11 +66,13 @@ pub fn identify(block: &[u8], lba: u64) -> Option<WriteId> {
 
 impl Ledger {
     pub fn submitted(&mut self, id: WriteId, lba: u64, blocks: u32) {
+        self.submissions += 1;
         for lba in lba..lba + u64::from(blocks) {
             let block = self.blocks.entry(lba).or_default();
             block.possible.insert(id);
             block.unflushed.insert(id);
             block.pending.insert(id);
+            block.submitted.push((self.submissions, id));
         }
     }
 
@@ -109,6 +122,46 @@ impl Ledger {
     pub fn power_lost(&mut self) {
         for block in self.blocks.values_mut() {
             block.possible.extend(block.unflushed.iter().copied());
+        }
+    }
+
+    /// A read of these blocks begins.
+    pub fn read_begins(&self, lba: u64, blocks: u32) -> ReadMark {
+        let blocks = lba..lba + u64::from(blocks);
+        ReadMark {
+            submissions: self.submissions,
+            possible: self
+                .blocks
+                .range(blocks)
+                .map(|(&lba, block)| (lba, block.possible.clone()))
+                .collect(),
+        }
+    }
+
+    /// Whether a read that began at `mark` may return this content.
+    ///
+    /// # Errors
+    /// What was read instead.
+    pub fn check_read(&self, mark: &ReadMark, lba: u64, bytes: &[u8]) -> Result<(), String> {
+        let error = match self.check(lba, bytes) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        let Some(found) = identify(bytes, lba) else {
+            return Err(error);
+        };
+        let before = mark.possible.get(&lba);
+        let was_there = before.map_or(found == 0, |possible| possible.contains(&found));
+        let since = self.blocks.get(&lba).is_some_and(|block| {
+            block
+                .submitted
+                .iter()
+                .any(|&(at, id)| at > mark.submissions && id == found)
+        });
+        if was_there || since {
+            Ok(())
+        } else {
+            Err(error)
         }
     }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::Arc;
 
 use super::disk::Disk;
-use super::ledger::Ledger;
+use super::ledger::{Ledger, ReadMark};
 use super::link::Transit;
 use super::memory::Payload;
 use super::node::{Core, Engine, Node};
@@ -117,7 +117,10 @@ pub struct AppWork {
     pub lba: u64,
     pub blocks: u32,
     pub memory: Option<Payload>,
+    /// Of a flush: what it covers.
     pub mark: u64,
+    /// Of a read: what it may return.
+    pub read: ReadMark,
     pub status: Option<AppStatus>,
 }
 
@@ -142,6 +145,8 @@ pub struct World {
     pub resynced_bytes: u64,
     /// Commands that were answered "fenced".
     pub fenced: u64,
+    /// Orders that were given: node, its incarnation, number, what.
+    pub orders: Vec<(usize, u64, OrderId, String)>,
     /// Commands that are delivered when the test says so: opcode, and what was caught.
     pub(super) catching: Option<u8>,
     pub(super) caught: Vec<Event>,
@@ -171,6 +176,7 @@ impl World {
             steps: 0,
             resynced_bytes: 0,
             fenced: 0,
+            orders: Vec::new(),
             catching: None,
             caught: Vec::new(),
             recording: None,
@@ -359,6 +365,10 @@ impl World {
 
     fn opened(&mut self, node: usize, opened: Opened) {
         let (cores, command_window) = (self.config.cores, self.config.command_window);
+        let order = self.id();
+        let incarnation = self.nodes[node].incarnation;
+        self.orders
+            .push((node, incarnation, order, "attach".to_owned()));
         self.call(node, MANAGER, |node, core| {
             node.opener = None;
             let engine = node.engine.get_or_insert_with(|| {
@@ -390,6 +400,7 @@ impl World {
                 }
             });
             engine.manager.attach(core, opened);
+            engine.manager.expect_attach(core, order);
         });
     }
 
@@ -397,6 +408,9 @@ impl World {
     pub fn order(&mut self, node: usize, order: Order) -> OrderId {
         let id = self.id();
         self.note(node, || format!("order {id}: {order:?}"));
+        let incarnation = self.nodes[node].incarnation;
+        self.orders
+            .push((node, incarnation, id, format!("{order:?}")));
         self.with_manager(node, |manager, core| manager.order(core, id, order));
         id
     }
@@ -404,6 +418,17 @@ impl World {
     /// How an order ended, if it has.
     pub fn outcome(&self, node: usize, id: OrderId) -> Option<&OrderOutcome> {
         self.nodes[node].outcomes.get(&id)
+    }
+
+    /// Every order to an engine that still runs has ended.
+    pub fn check_orders(&self) {
+        for (node, incarnation, id, text) in &self.orders {
+            assert!(
+                self.nodes[*node].incarnation != *incarnation || self.outcome(*node, *id).is_some(),
+                "{text} on node {node} is stuck\n{}",
+                self.describe()
+            );
+        }
     }
 
     /// Gives an order and waits for its end.

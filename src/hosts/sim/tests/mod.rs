@@ -1,6 +1,9 @@
 //! The engine in simulated clusters.
 
 mod basic;
+mod cluster;
 mod disk;
+mod link;
+mod orders;
 mod soak;
 mod torn;

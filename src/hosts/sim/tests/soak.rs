@@ -2,7 +2,6 @@
 //! runs N of them.
 
 use crate::engine::manager::Order;
-use crate::engine::message::OrderId;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::request::RequestKind;
 use crate::hosts::sim::random::Random;
@@ -40,8 +39,8 @@ pub fn shaped(seed: u64, volatile_caches: bool) -> World {
         cores: 1 + shape.below(2) as usize,
         block_size: 512,
         volatile_caches,
-        volume_bytes: 32 << 20,
-        al_extents: [2, 3, 4][shape.below(3) as usize],
+        volume_bytes: 64 << 20,
+        al_extents: [8, 10, 12][shape.below(3) as usize],
         granularity_log2: (0..2)
             .map(|_| granularities[shape.below(4) as usize])
             .collect(),
@@ -56,7 +55,6 @@ struct Run {
     world: World,
     /// Where the application is.
     primary: Option<usize>,
-    orders: Vec<(usize, u64, OrderId)>,
     power: bool,
 }
 
@@ -67,7 +65,6 @@ impl Run {
         Run {
             world,
             primary: Some(0),
-            orders: Vec::new(),
             power,
         }
     }
@@ -93,7 +90,6 @@ impl Run {
         } else {
             self.world.kill(node);
         }
-        self.orders.retain(|&(at, ..)| at != node);
     }
 
     fn step(&mut self) {
@@ -113,19 +109,13 @@ impl Run {
                     0 => Order::PauseResync,
                     _ => Order::ResumeResync,
                 };
-                self.give(node, order);
+                self.world.order(node, order);
             }
             12 => self.hand_over(),
             _ => self.work(),
         }
         let time_ns = self.world.random.below(4 * MS);
         self.world.run_for(time_ns);
-    }
-
-    fn give(&mut self, node: usize, order: Order) {
-        let incarnation = self.world.nodes[node].incarnation;
-        let id = self.world.order(node, order);
-        self.orders.push((node, incarnation, id));
     }
 
     fn crash(&mut self, node: usize) {
@@ -220,14 +210,7 @@ impl Run {
         }
         self.world.settle();
         self.world.wait_for_io();
-        for (node, incarnation, id) in std::mem::take(&mut self.orders) {
-            if self.world.nodes[node].incarnation == incarnation {
-                assert!(
-                    self.world.outcome(node, id).is_some(),
-                    "order {id} is stuck"
-                );
-            }
-        }
+        self.world.check_orders();
         if let Some(node) = self.primary {
             for lba in (0..128).step_by(8) {
                 self.world.read(node, lba, 8);

@@ -45,6 +45,7 @@ impl World {
                 blocks,
                 memory: memory.map(Payload::new),
                 mark: self.ledger.flush_mark(),
+                read: self.ledger.read_begins(lba, blocks),
                 status: None,
             },
         );
@@ -84,6 +85,7 @@ impl World {
         app.status = Some(status);
         let memory = app.memory.as_ref().map(Payload::take_back);
         let (node, kind, lba, blocks, mark) = (app.node, app.kind, app.lba, app.blocks, app.mark);
+        let read = std::mem::take(&mut app.read);
         self.note(node, || format!("app {id} ended: {status:?}"));
         if status != AppStatus::Ok {
             if let Some(written) = written(id, kind) {
@@ -105,7 +107,7 @@ impl World {
                     if !self.checks_content {
                         break;
                     }
-                    if let Err(text) = self.ledger.check(lba + index as u64, bytes) {
+                    if let Err(text) = self.ledger.check_read(&read, lba + index as u64, bytes) {
                         panic!("read {id} on node {node}: {text}\n{}", self.describe());
                     }
                 }
@@ -140,7 +142,7 @@ impl World {
         let size_blocks = self.config.volume_bytes / u64::from(self.config.block_size);
         let blocks = 1 + self.random.below(24) as u32;
         // Near one of a few places, so that writes meet each other and the same extents again.
-        let place = self.random.below(8) * (size_blocks / 8);
+        let place = self.random.below(16) * (size_blocks / 16);
         let lba = (place + self.random.below(128)).saturating_sub(32);
         let end = lba + u64::from(blocks);
         let busy = self.apps.values().any(|app| {
@@ -161,7 +163,7 @@ impl World {
 
     pub fn submit_random_read(&mut self, node: usize) {
         let size_blocks = self.config.volume_bytes / u64::from(self.config.block_size);
-        let lba = self.random.below(8) * (size_blocks / 8) + self.random.below(128);
+        let lba = self.random.below(16) * (size_blocks / 16) + self.random.below(128);
         let core = self.random.below(self.config.cores as u64) as usize;
         self.submit(node, core, RequestKind::Read, lba, 8);
     }
