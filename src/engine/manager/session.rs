@@ -13,7 +13,9 @@ use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::StateBody;
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::handshake::{Decision, Outcome, decide};
-use crate::engine::peer::hello::{Hello, PROTOCOL_VERSIONS, feature, negotiate, session_id};
+use crate::engine::peer::hello::{
+    Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
+};
 use crate::engine::peer::state::{ConnState, DiskState, PeerState, Role};
 use crate::engine::volume::MAX_TRANSFER_BYTES;
 use crate::host::{Host, PeerSlot};
@@ -336,6 +338,13 @@ impl<H: Host> Manager<H> {
                 self.stand_alone(cx, slot, text);
             }
             answer => {
+                let reason = match answer {
+                    PeerAnswer::Refused(code) => IncompatibleReason::refusal(code),
+                    _ => None,
+                };
+                if let Some(reason) = reason {
+                    return self.stand_alone(cx, slot, reason);
+                }
                 let text = format!("the peer does not accept this node: {answer:?}");
                 self.peers[slot].last_error = Some(text.clone());
                 self.lose_session(cx, slot, &text);
