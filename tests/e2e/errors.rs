@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bdev_repl::cli::demo::DemoError;
-use bdev_repl::cli::demo::cluster::VOLUME;
+use bdev_repl::cli::demo::cluster::{VOLUME, peer};
 use bdev_repl::rpc::client::ClientError;
 use serde_json::{Value, json};
 
-use crate::stage::{A, MIB, Stage};
+use crate::stage::{A, B, MIB, PATIENCE, Stage};
 
 struct Devices {
     stage: Stage,
@@ -284,4 +284,36 @@ fn what_the_state_does_not_allow_is_refused() {
         -32603,
         "ping_interval_ms",
     );
+}
+
+#[test]
+fn nodes_whose_volumes_do_not_match_say_so_on_both_sides() {
+    let mut stage = Stage::new(8, json!({"assume_clean": true}));
+    stage.cluster.start(A, &json!({"size_mb": 4})).unwrap();
+    stage.cluster.start(B, &json!({"size_mb": 8})).unwrap();
+    for index in [A, B] {
+        let told = |report: &bdev_repl::rpc::volume::VolumeReport| {
+            peer(report).is_some_and(|peer| {
+                let error = peer.last_error.as_deref().unwrap_or_default();
+                error.contains("size") || error.contains("bytes")
+            })
+        };
+        stage
+            .cluster
+            .wait_until(index, "the sizes are reported", PATIENCE, told)
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_volume_that_is_there_is_not_brought_back_with_another_size() {
+    let mut devices = Devices::new();
+    devices.add("first", 16 * MIB, |_, _| {});
+    let node = &mut devices.stage.cluster.nodes[A];
+    let params = json!({"name": "mine", "base_bdev": "first", "node_id": 3});
+    node.call("bdev_repl_create", params).unwrap();
+    node.call("bdev_repl_delete", json!({"name": "mine"}))
+        .unwrap();
+    let params = json!({"name": "mine", "base_bdev": "first", "node_id": 3, "size_mb": 4});
+    devices.refused("bdev_repl_create", params, -22, "size");
 }

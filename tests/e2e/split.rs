@@ -2,6 +2,7 @@
 //! decides.
 
 use bdev_repl::cli::demo::cluster::{VOLUME, peer};
+use bdev_repl::cli::demo::compare::Replica;
 use bdev_repl::cli::demo::link::LinkState;
 use bdev_repl::rpc::volume::VolumeReport;
 use serde_json::json;
@@ -53,4 +54,42 @@ fn a_split_brain_is_reported_on_both_sides_and_mended_by_discarding_one() {
     stage.in_sync();
     stage.read_back(A, 0..32 * MIB);
     stage.end(A);
+}
+
+#[test]
+fn data_of_another_origin_is_refused_and_left_alone() {
+    let mut stage = Stage::new(16, json!({"uuid": "11111111-2222-4333-8444-555555555555"}));
+    for index in [A, B] {
+        stage.cluster.nodes[index].start().unwrap();
+        stage
+            .cluster
+            .create(index, &json!({"has_data": true}))
+            .unwrap();
+        stage.cluster.export(index).unwrap();
+    }
+    // Each with a history of its own.
+    stage.promote(A);
+    stage.write(A, 0..16 * MIB, 100);
+    stage.demote(A);
+    for index in [A, B] {
+        stage.cluster.add_peer(index).unwrap();
+    }
+    for index in [A, B] {
+        let told = |report: &VolumeReport| {
+            peer(report)
+                .is_some_and(|peer| peer.connection == "StandAlone" && peer.last_error.is_some())
+        };
+        stage
+            .cluster
+            .wait_until(index, "the refusal is reported", PATIENCE, told)
+            .unwrap();
+    }
+    stage.promote(A);
+    stage.read_back(A, 0..16 * MIB);
+    let settings = stage.cluster.nodes[B].settings();
+    let other = Replica::open("B", &settings.backing).unwrap();
+    assert_eq!(other.data_size_bytes(), 16 * MIB);
+    let bytes = std::fs::read(other.path()).unwrap();
+    let data = other.data_offset_bytes() as usize..(other.data_offset_bytes() + 16 * MIB) as usize;
+    assert!(bytes[data].iter().all(|byte| *byte == 0));
 }
