@@ -199,10 +199,7 @@ pub enum BdevKind {
     Malloc(Arc<MallocDisk>),
     File(Arc<FileDisk>),
     /// A namespace of an NVMe-oF controller that this node is connected to.
-    Nvme {
-        controller: u32,
-        namespace_id: u32,
-    },
+    Nvme(super::remote::Place),
     /// The application's side of a replicated volume.
     Volume(u32),
     /// The peers' side of a replicated volume: takes vendor commands only.

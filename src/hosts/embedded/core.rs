@@ -156,12 +156,9 @@ impl Core {
                     self.complete(ticket, Err(error), 0);
                 }
             }
-            BdevKind::Nvme {
-                controller,
-                namespace_id,
-            } => {
-                let (controller, namespace_id) = (*controller, *namespace_id);
-                remote::submit(self, controller, namespace_id, ticket, io);
+            BdevKind::Nvme(place) => {
+                let place = *place;
+                remote::submit(self, place, ticket, io);
             }
             BdevKind::Volume(volume) => {
                 let entry = (*volume, Port::Application, ticket, io);

@@ -21,7 +21,7 @@ use super::nvme_tcp::initiator::{InitiatorError, QueueParameters};
 use super::registry::{self, BdevError, BdevOrigin, Registration};
 use super::slab::{Key, Slab};
 use io::RemoteIo;
-pub use io::{go_on, poll, submit};
+pub use io::{Place, go_on, poll, submit};
 
 /// This core's way to one controller.
 struct Path {
@@ -443,10 +443,11 @@ fn register_next(core: &mut Core, id: u32, mut new: Vec<RemoteNamespace>) {
         uuid: if uuid.is_nil() { Uuid::new_v4() } else { uuid },
         block_size: namespace.block_size,
         num_blocks: namespace.size_blocks,
-        kind: BdevKind::Nvme {
+        kind: BdevKind::Nvme(Place {
             controller: id,
             namespace_id: namespace.nsid,
-        },
+            deallocates: namespace.write_zeroes_deallocates,
+        }),
         origin: BdevOrigin::Nvme {
             controller: remote.name.clone(),
             namespace_id: namespace.nsid,

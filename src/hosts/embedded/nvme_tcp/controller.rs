@@ -8,7 +8,7 @@ use super::command::{
 };
 use super::identify::{
     DISCOVERY_RECORD_BYTES, DiscoveryEntry, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace,
-    NamespaceDescriptors, parse_active_namespaces,
+    NamespaceDescriptors, WRITE_ZEROES_DEALLOCATES, parse_active_namespaces,
 };
 use super::initiator::{
     ADMIN_CAPSULE_BYTES, Completion, InitiatorError, InitiatorQueue, QueueParameters,
@@ -75,6 +75,8 @@ pub struct RemoteNamespace {
     /// Zeroes if it has none.
     pub uuid: [u8; 16],
     pub eui64: [u8; 8],
+    /// Takes the deallocate bit of Write Zeroes; SPDK's do not, and refuse the command.
+    pub write_zeroes_deallocates: bool,
 }
 
 /// What has been learned.
@@ -546,6 +548,9 @@ impl<S: Socket> InitiatorController<S> {
                     nguid: namespace.nguid,
                     uuid: [0; 16],
                     eui64: namespace.eui64,
+                    write_zeroes_deallocates: namespace.deallocate_features
+                        & WRITE_ZEROES_DEALLOCATES
+                        != 0,
                 });
                 self.go(Step::Descriptors(index), events);
             }

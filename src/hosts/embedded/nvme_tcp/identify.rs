@@ -166,6 +166,11 @@ impl IdentifyController {
     }
 }
 
+/// DLFEAT bits 2:0: what is read after deallocation is zeroes (NVMe NVM Command Set 1.0).
+pub const DEALLOCATED_READS_ZEROES: u8 = 1;
+/// DLFEAT bit 3: the namespace takes the deallocate bit of Write Zeroes.
+pub const WRITE_ZEROES_DEALLOCATES: u8 = 1 << 3;
+
 /// Identify Namespace (CNS 00h), the fields that matter here. One LBA format without metadata.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IdentifyNamespace {

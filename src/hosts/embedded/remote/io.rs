@@ -18,12 +18,20 @@ const BLOCKS_MAX: u64 = 1 << 16;
 /// Dword 12 of Write Zeroes: deallocate (NVMe NVM Command Set 1.0, DEAC).
 const DEALLOCATE: u32 = 1 << 25;
 
+/// Where an I/O goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub controller: u32,
+    pub namespace_id: u32,
+    /// Write Zeroes may deallocate.
+    pub deallocates: bool,
+}
+
 /// One I/O on its way.
 pub(super) struct RemoteIo {
     ticket: Ticket,
     io: BdevIo,
-    controller: u32,
-    namespace_id: u32,
+    place: Place,
     block_size: u32,
     done_blocks: u64,
 }
@@ -43,7 +51,7 @@ impl CoreRemotes {
 }
 
 /// Starts an I/O of an NVMe bdev.
-pub fn submit(core: &mut Core, controller: u32, namespace_id: u32, ticket: Ticket, io: BdevIo) {
+pub fn submit(core: &mut Core, place: Place, ticket: Ticket, io: BdevIo) {
     let block_size = core
         .bdevs
         .get(ticket.bdev)
@@ -51,8 +59,7 @@ pub fn submit(core: &mut Core, controller: u32, namespace_id: u32, ticket: Ticke
     let key = core.remotes.ios.insert(RemoteIo {
         ticket,
         io,
-        controller,
-        namespace_id,
+        place,
         block_size,
         done_blocks: 0,
     });
@@ -65,7 +72,7 @@ pub fn go_on(core: &mut Core, key: Key, status: IoResult, dword0: u32) {
         return;
     };
     if status.is_ok() {
-        io.done_blocks += io.next_blocks(transfer_of(&core.remotes.paths, io.controller));
+        io.done_blocks += io.next_blocks(transfer_of(&core.remotes.paths, io.place.controller));
         if io.done_blocks < io.io.blocks && io.io.op != BdevOp::Flush {
             return step(core, key);
         }
@@ -96,7 +103,7 @@ impl RemoteIo {
     fn command(&self, max_transfer_bytes: u32) -> Option<(Sqe, DataPointer)> {
         let blocks = self.next_blocks(max_transfer_bytes);
         let lba = self.io.lba + self.done_blocks;
-        let namespace_id = self.namespace_id;
+        let namespace_id = self.place.namespace_id;
         let plain = |opcode, fua| Sqe::block_command(opcode, namespace_id, lba, blocks as u32, fua);
         let data = || {
             let offset_bytes = self.done_blocks * u64::from(self.block_size);
@@ -114,7 +121,9 @@ impl RemoteIo {
             BdevOp::Unmap => {
                 // Dataset Management promises nothing about what is read afterwards.
                 let mut sqe = plain(io_opcode::WRITE_ZEROES, false);
-                sqe.cdw10_15[2] |= DEALLOCATE;
+                if self.place.deallocates {
+                    sqe.cdw10_15[2] |= DEALLOCATE;
+                }
                 (sqe, none)
             }
             BdevOp::Flush => {
@@ -135,7 +144,7 @@ fn step(core: &mut Core, key: Key) {
     let Some(io) = remotes.ios.get(key) else {
         return;
     };
-    let path = remotes.paths.get_mut(&io.controller);
+    let path = remotes.paths.get_mut(&io.place.controller);
     let ready = path.and_then(|path| Some((path.queue.filter(|_| path.up)?, path)));
     let Some((queue, path)) = ready else {
         return fail(core, key, libc::ENXIO);
@@ -169,5 +178,52 @@ pub fn poll(core: &mut Core) -> bool {
         };
         worked = true;
         step(core, key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hosts::embedded::bdev::{BdevId, IoKind};
+
+    #[test]
+    fn unmap_deallocates_only_where_the_namespace_takes_that() {
+        let ticket = Ticket {
+            bdev: BdevId {
+                index: 0,
+                generation: 0,
+            },
+            owner: Owner::Volume {
+                volume: 0,
+                token: 0,
+            },
+            kind: IoKind::Unmap,
+            length_bytes: 4096,
+            submitted_ns: 0,
+        };
+        let sent = |op, deallocates| {
+            let io = RemoteIo {
+                ticket,
+                io: BdevIo {
+                    op,
+                    lba: 8,
+                    blocks: 8,
+                    data: DataPointer::NONE,
+                },
+                place: Place {
+                    controller: 0,
+                    namespace_id: 3,
+                    deallocates,
+                },
+                block_size: 512,
+                done_blocks: 0,
+            };
+            let (sqe, _) = io.command(TRANSFER_MAX_BYTES).unwrap();
+            (sqe.opcode, sqe.cdw10_15[2])
+        };
+        let opcode = io_opcode::WRITE_ZEROES;
+        assert_eq!(sent(BdevOp::Unmap, true), (opcode, DEALLOCATE | 7));
+        assert_eq!(sent(BdevOp::Unmap, false), (opcode, 7));
+        assert_eq!(sent(BdevOp::WriteZeroes, true), (opcode, 7));
     }
 }

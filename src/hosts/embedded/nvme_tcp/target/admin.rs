@@ -15,7 +15,8 @@ use crate::hosts::embedded::nvme_tcp::command::{
     log_page as log, property,
 };
 use crate::hosts::embedded::nvme_tcp::identify::{
-    IDENTIFY_BYTES, IdentifyController, IdentifyNamespace, NamespaceDescriptors,
+    DEALLOCATED_READS_ZEROES, IDENTIFY_BYTES, IdentifyController, IdentifyNamespace,
+    NamespaceDescriptors, WRITE_ZEROES_DEALLOCATES,
 };
 
 /// AERL + 1.
@@ -569,6 +570,12 @@ fn identify_namespace(namespace: &Namespace) -> IdentifyNamespace {
         block_size_exponent: namespace.block_size.trailing_zeros() as u8,
         // May be attached to several controllers at a time.
         sharing: 1,
+        // What is deallocated reads as zeroes, also by Write Zeroes; there is none without logical blocks.
+        deallocate_features: if namespace.vendor_only {
+            0
+        } else {
+            DEALLOCATED_READS_ZEROES | WRITE_ZEROES_DEALLOCATES
+        },
         ana_group: namespace.nsid,
         nguid: namespace.nguid,
         eui64: namespace.eui64,

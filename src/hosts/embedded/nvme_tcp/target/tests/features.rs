@@ -24,6 +24,8 @@ fn a_host_learns_what_the_subsystem_has() {
         (1, 512, BLOCKS)
     );
     assert_eq!((disk.nguid, disk.uuid), ([3; 16], [4; 16]));
+    assert!(disk.write_zeroes_deallocates);
+    assert!(!info.namespaces[1].write_zeroes_deallocates, "an endpoint");
 }
 
 #[test]
