@@ -5,7 +5,8 @@
 //! when metadata is durable, or when a peer has answered. A chain that belongs to a session dies with its epoch.
 //!
 //! `steps` counts channels in; `metadata` writes; `session` connects; `exchange` and `source` resync from here, `pull`
-//! to here; `generation` starts generations; `orders` are the operator's; `report` is what they see.
+//! to here; `generation` starts generations; `received` is what the nodes of a session tell
+//! each other; `orders` are the operator's, of which `promote` has to be agreed; `report` is what they see.
 
 mod disk;
 mod exchange;
@@ -14,7 +15,9 @@ mod metadata;
 mod orders;
 mod outbox;
 mod peer;
+mod promote;
 mod pull;
+mod received;
 mod report;
 mod session;
 mod source;

@@ -5,14 +5,10 @@ use super::outbox::Call;
 use super::steps::{OrderStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{Drain, OrderError, OrderErrorKind, OrderId, OrderOutcome};
-use crate::engine::meta::generation::{Generations, JUST_CREATED, from_random};
+use crate::engine::meta::generation::{JUST_CREATED, from_random};
 use crate::engine::meta::superblock;
-use crate::engine::peer::answer::PeerAnswer;
-use crate::engine::peer::body::{ChangeKind, PrepareBody};
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::state::{
-    ConnState, DiskState, PeerState, PromotePeer, PromoteRefusal, Role, can_promote,
-};
+use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::host::{Host, PeerAddress, PeerSlot};
 
 /// How long an order waits for peers and for the end of a handshake.
@@ -53,7 +49,7 @@ pub enum Order {
     ResumeResync,
 }
 
-enum Work {
+pub(super) enum Work {
     /// Attach has been started by the host.
     Attach,
     /// May it be Primary yet?
@@ -80,7 +76,7 @@ enum Work {
 }
 
 #[derive(Clone, Copy)]
-enum After {
+pub(super) enum After {
     Done,
     Remove(PeerSlot),
     Detach,
@@ -88,11 +84,11 @@ enum After {
 
 pub(super) struct Running {
     pub(super) id: OrderId,
-    deadline_ns: u64,
-    work: Work,
+    pub(super) deadline_ns: u64,
+    pub(super) work: Work,
 }
 
-fn busy(text: impl Into<String>) -> OrderOutcome {
+pub(super) fn busy(text: impl Into<String>) -> OrderOutcome {
     Err(OrderError::new(OrderErrorKind::Busy, text))
 }
 
@@ -152,11 +148,11 @@ impl<H: Host> Manager<H> {
         }
     }
 
-    fn is_under_way(&self, is: impl Fn(&Work) -> bool) -> bool {
+    pub(super) fn is_under_way(&self, is: impl Fn(&Work) -> bool) -> bool {
         self.orders.iter().any(|order| is(&order.work))
     }
 
-    fn is_leaving(&self) -> bool {
+    pub(super) fn is_leaving(&self) -> bool {
         self.is_under_way(|work| matches!(work, Work::Leaving))
     }
 
@@ -383,188 +379,6 @@ impl<H: Host> Manager<H> {
         for (id, outcome) in ended {
             self.abort_prepared(id);
             self.order_ended(cx, id, outcome);
-        }
-    }
-
-    fn try_promote(&mut self, cx: &mut H, id: OrderId, force: bool) -> Option<OrderOutcome> {
-        if self.view.role == Role::Primary {
-            return Some(Ok(()));
-        }
-        if self.closing {
-            return Some(busy("the volume is being deleted"));
-        }
-        if self.is_leaving() || self.is_under_way(|work| matches!(work, Work::Demoting)) {
-            return Some(busy("the volume is being demoted or detached; try again"));
-        }
-        let peers: Vec<PromotePeer> = (0..MAX_PEERS)
-            .filter(|&slot| self.peers[slot].node_id.is_some())
-            .map(|slot| PromotePeer {
-                slot,
-                role: self.peers[slot].role,
-                state: PeerState::lowered(self.view.peers[slot].conn, self.view.peers[slot].pdsk)
-                    .unwrap_or(PeerState::STAND_ALONE),
-            })
-            .collect();
-        let refusal = can_promote(self.view.disk, peers, force).err();
-        let order = self.orders.iter_mut().find(|order| order.id == id)?;
-        let promoting = self.peers.iter().any(|peer| peer.promoting);
-        match refusal {
-            Some(
-                PromoteRefusal::HandshakeInProgress { .. }
-                | PromoteRefusal::DiskInTransition { .. },
-            ) if cx.now_ns() < order.deadline_ns => {
-                return None;
-            }
-            Some(refusal) => return Some(busy(refusal.to_string())),
-            None if promoting => return Some(busy("a peer is being promoted; demote it first")),
-            None => {}
-        }
-        let waiting = (0..MAX_PEERS)
-            .filter(|&slot| self.peers[slot].established)
-            .fold(0u8, |mask, slot| mask | 1 << slot);
-        order.work = Work::Promoting { force, waiting };
-        for slot in 0..MAX_PEERS {
-            if waiting & (1 << slot) != 0 {
-                let command = PeerCommand::Prepare {
-                    session: self.peers[slot].session,
-                    len: PrepareBody::BYTES as u32,
-                };
-                let body = self.prepare_body(id).emit().to_vec();
-                self.call(slot, command, body, Call::Prepare(id));
-            }
-        }
-        self.check_promoting(cx, id);
-        None
-    }
-
-    fn prepare_body(&self, id: OrderId) -> PrepareBody {
-        PrepareBody {
-            kind: ChangeKind::Promote,
-            initiator: self.superblock.node_id,
-            transaction: id,
-        }
-    }
-
-    /// A node that is being promoted itself gives way to the lower node id; a Primary refuses.
-    pub(super) fn received_prepare(
-        &mut self,
-        cx: &mut H,
-        slot: PeerSlot,
-        body: &[u8],
-        reply: usize,
-    ) {
-        let Ok(body) = PrepareBody::parse(body) else {
-            return self.answer(cx, reply, PeerAnswer::Malformed);
-        };
-        let own = self.is_under_way(|work| matches!(work, Work::Promoting { .. }));
-        let agreed = self.is_under_way(|work| matches!(work, Work::Committing));
-        let answer = if body.kind != ChangeKind::Promote {
-            PeerAnswer::Ok
-        } else if self.view.role == Role::Primary
-            || agreed
-            || (own && self.superblock.node_id < body.initiator)
-        {
-            PeerAnswer::Refused(1)
-        } else {
-            self.peers[slot].promoting = true;
-            PeerAnswer::Ok
-        };
-        // Whatever the peer has told before is in every channel when it becomes Primary.
-        self.adopt(cx, Then::Answer(reply, answer));
-    }
-
-    pub(super) fn prepared(&mut self, cx: &mut H, slot: PeerSlot, id: OrderId, answer: PeerAnswer) {
-        let Some(order) = self.orders.iter_mut().find(|order| order.id == id) else {
-            return;
-        };
-        let Work::Promoting { waiting, .. } = &mut order.work else {
-            return;
-        };
-        *waiting &= !(1 << slot);
-        match answer {
-            PeerAnswer::Ok | PeerAnswer::Duplicate => self.check_promoting(cx, id),
-            _ => {
-                self.abort_prepared(id);
-                let text = format!(
-                    "the peer in slot {slot} is Primary, or is being promoted; demote it first"
-                );
-                self.order_ended(cx, id, busy(text));
-            }
-        }
-    }
-
-    fn abort_prepared(&mut self, id: OrderId) {
-        if !self
-            .orders
-            .iter()
-            .any(|order| order.id == id && matches!(order.work, Work::Promoting { .. }))
-        {
-            return;
-        }
-        for slot in 0..MAX_PEERS {
-            if self.peers[slot].established {
-                let command = PeerCommand::Abort {
-                    session: self.peers[slot].session,
-                    len: PrepareBody::BYTES as u32,
-                };
-                let body = self.prepare_body(id).emit().to_vec();
-                self.call(slot, command, body, Call::Abort);
-            }
-        }
-    }
-
-    pub(super) fn order_lost_peer(&mut self, cx: &mut H, slot: PeerSlot) {
-        let mut ids = Vec::new();
-        for order in &mut self.orders {
-            if let Work::Promoting { waiting, .. } = &mut order.work
-                && *waiting & (1 << slot) != 0
-            {
-                *waiting &= !(1 << slot);
-                ids.push(order.id);
-            }
-        }
-        for id in ids {
-            self.check_promoting(cx, id);
-        }
-    }
-
-    fn check_promoting(&mut self, cx: &mut H, id: OrderId) {
-        let Some(order) = self.orders.iter_mut().find(|order| order.id == id) else {
-            return;
-        };
-        let Work::Promoting { force, waiting: 0 } = order.work else {
-            return;
-        };
-        order.work = Work::Committing;
-        if force
-            && self.view.disk != DiskState::UpToDate
-            && self.view.disk >= DiskState::Inconsistent
-        {
-            self.declare_up_to_date(cx);
-        }
-        self.superblock.flags.primary = true;
-        self.superblock.flags.assume_clean = false;
-        self.commit_superblock(cx, Then::OrderStep(id, OrderStep::PromoteDurable));
-    }
-
-    /// By force: this replica is the newest, whatever is elsewhere.
-    fn declare_up_to_date(&mut self, cx: &mut H) {
-        self.view.disk = DiskState::UpToDate;
-        self.shared.stale.clear_all();
-        self.record_disk();
-        let new = from_random(cx.random());
-        let generations = &mut self.superblock.generations;
-        if generations.current == JUST_CREATED {
-            *generations = Generations::new(new);
-        } else {
-            generations.bump(new, (1 << MAX_PEERS) - 1);
-        }
-        // Peers that are connected have decided on other data.
-        for slot in 0..MAX_PEERS {
-            if self.peers[slot].established {
-                self.lose_session(cx, slot, "this node was promoted by force");
-                self.peers[slot].retry_at_ns = 0;
-            }
         }
     }
 
