@@ -521,7 +521,11 @@ impl<H: Host> Manager<H> {
                 self.tell_all();
                 self.adopt(cx, Then::OrderStep(id, OrderStep::DetachAdopted));
             }
+            // A superblock that somebody else had asked for may have started behind the last one of this order.
             OrderStep::DetachAdopted => {
+                self.when_quiet(Then::OrderStep(id, OrderStep::DetachReleased));
+            }
+            OrderStep::DetachReleased => {
                 cx.disk_close();
                 if self.goes_on_without_disk() {
                     // The disk has kept the old generation: what is written from here on it lacks.

@@ -110,6 +110,8 @@ pub(super) enum OrderStep {
     DetachWritten,
     /// Every channel and the peers know that there is no disk.
     DetachAdopted,
+    /// Nothing of the manager's is in flight on it any more.
+    DetachReleased,
     InvalidateDurable,
 }
 
