@@ -20,6 +20,7 @@ use super::nvme_tcp::controller::{ControllerEvent, ControllerParameters, RemoteN
 use super::nvme_tcp::initiator::{InitiatorError, QueueParameters};
 use super::registry::{self, BdevError, BdevOrigin, Registration};
 use super::slab::{Key, Slab};
+use super::target;
 use io::RemoteIo;
 pub use io::{Place, go_on, poll, submit};
 
@@ -55,7 +56,8 @@ struct Remote {
     parameters: ControllerParameters,
     admin: Option<ControllerKey>,
     state: RemoteState,
-    bdevs: Vec<(u32, BdevId)>,
+    /// As the namespaces were when their bdevs were made.
+    bdevs: Vec<(RemoteNamespace, BdevId)>,
     /// Who waits for the first connection.
     attaching: Option<AttachTask>,
     detaching: bool,
@@ -146,12 +148,15 @@ pub fn detach(
         .controllers
         .iter()
         .find(|(_, remote)| remote.name == name && !remote.detaching)
-        .map(|(id, remote)| (*id, remote.bdevs.clone()));
+        .map(|(id, remote)| {
+            let bdevs = remote.bdevs.iter().map(|(_, bdev)| *bdev);
+            (*id, bdevs.collect::<Vec<BdevId>>())
+        });
     let Some((id, bdevs)) = found else {
         let message = format!("there is no controller named {name}");
         return then(core, Err(BdevError::from_errno(libc::ENODEV, message)));
     };
-    for (_, bdev) in &bdevs {
+    for bdev in &bdevs {
         if let Some(entry) = core.registry.get(*bdev) {
             if let Some(holder) = &entry.claimed_by {
                 let message = format!("bdev {} is claimed by {holder}", entry.name);
@@ -177,12 +182,8 @@ pub fn detach(
     });
 }
 
-fn delete_bdevs(
-    core: &mut Core,
-    mut bdevs: Vec<(u32, BdevId)>,
-    then: impl FnOnce(&mut Core) + 'static,
-) {
-    let Some((_, bdev)) = bdevs.pop() else {
+fn delete_bdevs(core: &mut Core, mut bdevs: Vec<BdevId>, then: impl FnOnce(&mut Core) + 'static) {
+    let Some(bdev) = bdevs.pop() else {
         return then(core);
     };
     let name = core.registry.get(bdev).map(|entry| entry.name.clone());
@@ -287,8 +288,12 @@ pub fn admin_event(core: &mut Core, id: u32, key: ControllerKey, change: &Contro
         return;
     }
     match change {
-        ControllerEvent::Ready => open_queues(core, id, key),
-        ControllerEvent::NamespacesChanged => register_namespaces(core, id, key),
+        ControllerEvent::Ready => {
+            check_namespaces(core, id, key, move |core| open_queues(core, id, key));
+        }
+        ControllerEvent::NamespacesChanged => check_namespaces(core, id, key, move |core| {
+            register_namespaces(core, id, key);
+        }),
         ControllerEvent::Failed(error) => lost(core, id, Some(key), error),
     }
 }
@@ -395,26 +400,75 @@ pub fn queue_event(core: &mut Core, id: u32, queue: QueueKey, change: &QueueChan
     }
 }
 
-/// Makes bdevs of namespaces that have none yet, and deletes those whose namespace is gone.
+/// Compares what the controller has now with what the bdevs were made of, before any I/O. A namespace id can
+/// stand for another disk after a reconnect: a bdev whose disk is not there answers ENXIO on every core when
+/// `then` is called, and is itself again when its disk returns.
+fn check_namespaces(
+    core: &mut Core,
+    id: u32,
+    key: ControllerKey,
+    then: impl FnOnce(&mut Core) + 'static,
+) {
+    let (Some(controller), Some(remote)) = (
+        core.admins.controller(key),
+        core.remotes.controllers.get(&id),
+    ) else {
+        return;
+    };
+    let listed = &controller.info().namespaces;
+    let place = |(known, bdev): &(RemoteNamespace, BdevId)| {
+        let now = listed.iter().find(|now| now.is_same_disk(known));
+        if now.is_none() {
+            tracing::warn!("namespace {} of {} is gone", known.nsid, remote.name);
+        }
+        let place = Place {
+            controller: id,
+            namespace_id: known.nsid,
+            present: now.is_some(),
+            deallocates: now.unwrap_or(known).write_zeroes_deallocates,
+        };
+        (*bdev, place)
+    };
+    let places: Vec<(BdevId, Place)> = remote.bdevs.iter().map(place).collect();
+    core.on_all_cores(
+        move |core| {
+            for (bdev, place) in &places {
+                if let Some(bdev) = core.bdevs.get_mut(*bdev) {
+                    bdev.kind = BdevKind::Nvme(*place);
+                }
+            }
+        },
+        then,
+    );
+}
+
+/// Makes bdevs of namespaces that have none yet, and deletes those whose disk is gone. One that something
+/// else holds stays, without its disk.
 fn register_namespaces(core: &mut Core, id: u32, key: ControllerKey) {
     let Some(controller) = core.admins.controller(key) else {
         return;
     };
-    let namespaces = controller.info().namespaces.clone();
+    let listed = controller.info().namespaces.clone();
     let Some(remote) = core.remotes.controllers.get_mut(&id) else {
         return;
     };
-    let known = remote.bdevs.clone();
-    let listed = |nsid: u32| namespaces.iter().any(|namespace| namespace.nsid == nsid);
-    let gone: Vec<(u32, BdevId)> = known
-        .iter()
-        .copied()
-        .filter(|(nsid, _)| !listed(*nsid))
-        .collect();
-    remote.bdevs.retain(|(nsid, _)| listed(*nsid));
-    let new: Vec<RemoteNamespace> = namespaces
+    let registry = &core.registry;
+    let mut gone = Vec::new();
+    remote.bdevs.retain(|(known, bdev)| {
+        let is_there = listed.iter().any(|now| now.is_same_disk(known));
+        let holder = registry
+            .get(*bdev)
+            .and_then(|entry| entry.claimed_by.as_deref());
+        let stays = is_there || holder.is_some_and(|holder| holder != target::CLAIMANT);
+        if !stays {
+            gone.push(*bdev);
+        }
+        stays
+    });
+    let has_bdev = |nsid| remote.bdevs.iter().any(|(known, _)| known.nsid == nsid);
+    let new: Vec<RemoteNamespace> = listed
         .into_iter()
-        .filter(|namespace| known.iter().all(|(nsid, _)| *nsid != namespace.nsid))
+        .filter(|namespace| !has_bdev(namespace.nsid))
         .collect();
     delete_bdevs(core, gone, move |core| register_next(core, id, new));
 }
@@ -446,6 +500,7 @@ fn register_next(core: &mut Core, id: u32, mut new: Vec<RemoteNamespace>) {
         kind: BdevKind::Nvme(Place {
             controller: id,
             namespace_id: namespace.nsid,
+            present: true,
             deallocates: namespace.write_zeroes_deallocates,
         }),
         origin: BdevOrigin::Nvme {
@@ -455,7 +510,7 @@ fn register_next(core: &mut Core, id: u32, mut new: Vec<RemoteNamespace>) {
     };
     registry::register(core, registration, move |core, result| {
         match (result, core.remotes.controllers.get_mut(&id)) {
-            (Ok(bdev), Some(remote)) => remote.bdevs.push((namespace.nsid, bdev)),
+            (Ok(bdev), Some(remote)) => remote.bdevs.push((namespace, bdev)),
             (Err(error), _) => tracing::warn!("namespace {}: {error}", namespace.nsid),
             _ => {}
         }

@@ -79,6 +79,17 @@ pub struct RemoteNamespace {
     pub write_zeroes_deallocates: bool,
 }
 
+impl RemoteNamespace {
+    /// Whether this is the disk that `other` was, as far as its identifiers tell. It may have been resized.
+    pub fn is_same_disk(&self, other: &RemoteNamespace) -> bool {
+        self.nsid == other.nsid
+            && self.block_size == other.block_size
+            && self.nguid == other.nguid
+            && self.uuid == other.uuid
+            && self.eui64 == other.eui64
+    }
+}
+
 /// What has been learned.
 #[derive(Clone, Debug, Default)]
 pub struct ControllerInfo {

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use super::{CoreRemotes, Path, TRANSFER_MAX_BYTES};
-use crate::hosts::embedded::bdev::{BdevIo, BdevOp, IoError, IoResult, Owner, Ticket};
+use crate::hosts::embedded::bdev::{BdevIo, BdevKind, BdevOp, IoError, IoResult, Owner, Ticket};
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::initiator::QueueKey;
 use crate::hosts::embedded::nvme_tcp::buffer::DataPointer;
@@ -23,6 +23,8 @@ const DEALLOCATE: u32 = 1 << 25;
 pub struct Place {
     pub controller: u32,
     pub namespace_id: u32,
+    /// The namespace is there, and is the disk that the bdev was made of.
+    pub present: bool,
     /// Write Zeroes may deallocate.
     pub deallocates: bool,
 }
@@ -144,8 +146,13 @@ fn step(core: &mut Core, key: Key) {
     let Some(io) = remotes.ios.get(key) else {
         return;
     };
+    // As it is now: the disk can have gone since the I/O began.
+    let present = core
+        .bdevs
+        .get(io.ticket.bdev)
+        .is_some_and(|bdev| matches!(bdev.kind, BdevKind::Nvme(place) if place.present));
     let path = remotes.paths.get_mut(&io.place.controller);
-    let ready = path.and_then(|path| Some((path.queue.filter(|_| path.up)?, path)));
+    let ready = path.and_then(|path| Some((path.queue.filter(|_| path.up && present)?, path)));
     let Some((queue, path)) = ready else {
         return fail(core, key, libc::ENXIO);
     };
@@ -213,6 +220,7 @@ mod tests {
                 place: Place {
                     controller: 0,
                     namespace_id: 3,
+                    present: true,
                     deallocates,
                 },
                 block_size: 512,

@@ -1,11 +1,11 @@
 use std::time::{Duration, Instant};
 
-use super::super::bdev::{BdevIo, BdevOp, IoResult};
+use super::super::bdev::{BdevIo, BdevOp, IoError, IoResult};
 use super::super::message::Answer;
 use super::super::node::{CoreMask, Node, NodeOptions};
 use super::super::nvme_tcp::buffer::{AlignedBuf, DataPointer};
 use super::super::nvme_tcp::target::{ListenerAddress, NamespaceParameters, SubsystemParameters};
-use super::super::target;
+
 use super::*;
 
 const NQN: &str = "nqn.2016-06.io.spdk:remote";
@@ -22,18 +22,23 @@ fn node(cores: usize) -> Node {
 
 /// A node that exports one disk of memory.
 fn serve(port: u16) -> (Node, SocketAddr) {
+    serve_disk(port, 7)
+}
+
+/// The same with a disk of that UUID.
+fn serve_disk(port: u16, uuid: u128) -> (Node, SocketAddr) {
     let node = node(1);
     let address = node
         .handle()
         .ask(0, move |core, answer: Answer<_>| {
-            let uuid = Some(Uuid::from_u128(7));
+            let uuid = Uuid::from_u128(uuid);
             let block_size = BLOCK as u32;
             registry::create_malloc(
                 core,
                 "Malloc0",
                 BLOCKS,
                 block_size,
-                uuid,
+                Some(uuid),
                 move |core, id| {
                     let id = id.unwrap();
                     let subsystem = SubsystemParameters {
@@ -46,7 +51,7 @@ fn serve(port: u16) -> (Node, SocketAddr) {
                         block_size,
                         size_blocks: BLOCKS,
                         nguid: [7; 16],
-                        uuid: *Uuid::from_u128(7).as_bytes(),
+                        uuid: uuid.into_bytes(),
                         eui64: [0; 8],
                         vendor_only: false,
                     };
@@ -229,6 +234,55 @@ fn a_remote_that_goes_and_returns_is_connected_again() {
         .run(0, move |core| core.registry.release(id))
         .unwrap();
     assert_eq!(detach_as(&client, "Nvme0"), Ok(()));
+    client.shutdown().unwrap();
+    server.shutdown().unwrap();
+}
+
+#[test]
+fn another_disk_under_the_same_namespace_id_is_not_taken_for_the_one_that_went() {
+    let (server, address) = serve_disk(0, 7);
+    let client = node(2);
+    attach_as(&client, "Nvme0", address, NQN).unwrap();
+    let claim = |core: &mut Core| core.registry.claim("Nvme0n1", "vol0").map(|entry| entry.id);
+    let id = client.handle().run(0, claim).unwrap().unwrap();
+    let until = |what: &str, is_so: fn(&mut Core) -> bool| {
+        let begin = Instant::now();
+        while !client.handle().run(0, is_so).unwrap() {
+            assert!(begin.elapsed() < Duration::from_secs(10), "{what}");
+            std::thread::yield_now();
+        }
+    };
+    server.shutdown().unwrap();
+    until("lost", |core| {
+        core.remotes.summaries(core)[0].state == RemoteState::Resetting
+    });
+    let (server, _) = serve_disk(address.port(), 8);
+    until("connected to the other disk", |core| {
+        core.remotes.summaries(core)[0].state == RemoteState::Enabled
+    });
+    for core in 0..2 {
+        let status = run_io(&client, core, WRITE, 0, 8, filled(8)).0;
+        assert_eq!(status, Err(IoError::Errno(libc::ENXIO)));
+    }
+    server.shutdown().unwrap();
+    let (server, _) = serve_disk(address.port(), 7);
+    let begin = Instant::now();
+    while run_io(&client, 1, WRITE, 0, 8, filled(8)).0.is_err() {
+        assert!(begin.elapsed() < Duration::from_secs(10), "its own disk");
+        std::thread::yield_now();
+    }
+    // Held by nobody, it makes room for the bdev of the other disk.
+    client
+        .handle()
+        .run(0, move |core| core.registry.release(id))
+        .unwrap();
+    server.shutdown().unwrap();
+    let (server, _) = serve_disk(address.port(), 9);
+    until("replaced", |core| {
+        let found = core.registry.find("Nvme0n1");
+        found.is_some_and(|entry| entry.uuid == Uuid::from_u128(9))
+    });
+    assert_eq!(run_io(&client, 0, WRITE, 0, 8, filled(8)).0, Ok(()));
     client.shutdown().unwrap();
     server.shutdown().unwrap();
 }
