@@ -284,12 +284,12 @@ impl Check {
         let (before, after) = self.replicas[node].before_and_after();
         let either = [before, after].map(|image| self.recover(node, &image));
         let fits = |found: &Superblock| either.iter().any(|one| one.superblock == *found);
-        for (id, write) in self.replicas[node].writing() {
-            let one = write.1.len() as u64 == PAGE && self.is_superblock(write.0);
-            if !one || !self.cut_by_bytes.insert(id) {
-                continue;
-            }
-            for image in self.replicas[node].byte_images(&write) {
+        let mut superblocks = self.replicas[node].writing();
+        superblocks.retain(|(_, one)| one.1.len() as u64 == PAGE && self.is_superblock(one.0));
+        let newest = superblocks.last().map(|&(id, _)| id);
+        if newest.is_some_and(|id| self.cut_by_bytes.insert(id)) {
+            let writes: Vec<_> = superblocks.into_iter().map(|(_, one)| one).collect();
+            for image in self.replicas[node].byte_images(&writes) {
                 self.byte_points += 1;
                 let goal = self.goal(node, &World::new(1, self.config.clone()));
                 let found = self.superblock(node, &mut self.disk(&image), goal);

@@ -329,14 +329,25 @@ impl Replica {
         images
     }
 
-    /// A write under way cut off after each of its bytes.
-    pub fn byte_images(&self, write: &(u64, Vec<u8>)) -> Vec<Image> {
+    /// Writes of one page each, all under way, cut off after each of their bytes: the last one alone, and all of them
+    /// at the same byte.
+    pub fn byte_images(&self, writes: &[(u64, Vec<u8>)]) -> Vec<Image> {
         let (before, _) = self.before_and_after();
-        let old = before.page(write.0 / PAGE);
-        (1..=write.1.len())
-            .filter(|&len| old[len - 1] != write.1[len - 1])
-            .map(|len| before.with(write, len))
-            .collect()
+        let mut images = Vec::new();
+        for writes in [writes, &writes[writes.len() - 1..]] {
+            let old: Vec<_> = writes.iter().map(|one| before.page(one.0 / PAGE)).collect();
+            for len in 1..=PAGE as usize {
+                let mut pairs = writes.iter().zip(&old);
+                if pairs.any(|(one, old)| old[len - 1] != one.1[len - 1]) {
+                    let cut = |image: Image, one| image.with(one, len);
+                    images.push(writes.iter().fold(before.clone(), cut));
+                }
+            }
+            if writes.len() == 1 {
+                break;
+            }
+        }
+        images
     }
 }
 
