@@ -123,8 +123,18 @@ fn scenario(seed: u64, config: Config) -> Vec<(usize, Recorded)> {
     world.wait_for_io();
     world.settle();
 
-    // A clean end, and a clean start.
+    // A disk that is let go with bits that nobody else knows of.
+    world.cut(0, 1);
+    write_around(&mut world, 0, 12);
+    world.wait_for_io();
     world.carry_out(0, Order::Demote);
+    world.carry_out(0, Order::Detach);
+    world.run_for(50 * MS);
+    world.attach(0);
+    world.heal(0, 1);
+    world.settle();
+
+    // A clean end, and a clean start.
     world.carry_out(1, Order::Detach);
     world.attach(1);
     world.settle();
