@@ -17,13 +17,14 @@ use crate::engine::meta::layout::superblock_places;
 use crate::engine::meta::superblock::Superblock;
 use crate::engine::open::{Goal, OpenError, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::state::ConnState;
 use crate::engine::request::RequestKind;
 use crate::host::{Completion, Data, DiskOp, IoStatus, Token};
 use crate::hosts::sim::disk::Disk;
 use crate::hosts::sim::node::{Action, Core};
 use crate::hosts::sim::random::Random;
 use crate::hosts::sim::record::Recorded;
-use crate::hosts::sim::world::{Config, MS, World};
+use crate::hosts::sim::world::{Config, MS, SECOND, World};
 
 /// The slot of the only peer.
 const SLOT: usize = 0;
@@ -80,17 +81,19 @@ fn scenario(seed: u64, config: Config) -> Vec<(usize, Recorded)> {
     world.settle();
 
     world.promote(0);
-    write_around(&mut world, 0, 40);
+    write_around(&mut world, 0, 24);
     world.wait_for_io();
     // A peer that is missing: a generation, bits, pages of them.
     world.cut(0, 1);
-    write_around(&mut world, 0, 40);
+    write_around(&mut world, 0, 84);
     world.wait_for_io();
     world.run_for(300 * MS);
     world.heal(0, 1);
     // A resync from here, with writes in the middle of it.
-    world.run_for(50 * MS);
-    write_around(&mut world, 0, 12);
+    world.run_until("a resync is on its way", SECOND, |world| {
+        world.peer(1, 0).conn == ConnState::SyncTarget
+    });
+    write_around(&mut world, 0, 30);
     world.wait_for_io();
     world.settle();
     world.carry_out(0, Order::Demote);
