@@ -50,14 +50,15 @@ impl Disk {
     }
 
     pub fn read(&self, bytes: Range<u64>) -> Vec<u8> {
-        let mut out = Vec::with_capacity((bytes.end - bytes.start) as usize);
+        let mut out = vec![0; (bytes.end - bytes.start) as usize];
         let mut at = bytes.start;
         while at < bytes.end {
             let end = (at / PAGE * PAGE + PAGE).min(bytes.end);
-            let (from, to) = ((at % PAGE) as usize, (at % PAGE + end - at) as usize);
-            match self.pages.get(&(at / PAGE)) {
-                Some(page) => out.extend_from_slice(&page[from..to]),
-                None => out.resize(out.len() + to - from, 0),
+            if let Some(page) = self.pages.get(&(at / PAGE)) {
+                let from = (at % PAGE) as usize;
+                let len = (end - at) as usize;
+                let to = (at - bytes.start) as usize;
+                out[to..to + len].copy_from_slice(&page[from..from + len]);
             }
             at = end;
         }
