@@ -8,6 +8,20 @@ use serde_json::{Map, Value};
 
 use super::RpcError;
 
+/// The error for parameters that are not what a method takes. SPDK's modules differ in its code: those of
+/// bdevs and logs answer "internal error".
+fn undecodable(method: &str, text: String) -> RpcError {
+    let answers_invalid = ["nvmf_", "framework_", "rpc_", "spdk_"];
+    if answers_invalid
+        .iter()
+        .any(|prefix| method.starts_with(prefix))
+    {
+        RpcError::new(RpcError::INVALID_PARAMETERS, text)
+    } else {
+        RpcError::parameters(text)
+    }
+}
+
 /// The parameters of one call. Each is taken out by name; what is left when a strict method calls
 /// [`Parameters::finish`] is unknown.
 #[derive(Debug)]
@@ -26,10 +40,11 @@ impl Parameters {
             None | Some(Value::Null) => Map::new(),
             Some(Value::Object(values)) => values,
             Some(other) => {
-                return Err(RpcError::parameters(format!(
+                let text = format!(
                     "{method}: parameters must be an object with names, not {}",
                     kind(&other)
-                )));
+                );
+                return Err(undecodable(method, text));
             }
         };
         Ok(Parameters::from_map(method, values))
@@ -61,34 +76,43 @@ impl Parameters {
             return Ok(());
         };
         let known: Vec<&str> = self.asked.iter().copied().collect();
-        Err(RpcError::parameters(format!(
-            "{}: unknown parameter '{}{}'; it takes {}",
-            self.method,
-            self.prefix,
-            unknown,
-            if known.is_empty() {
-                "none".to_owned()
-            } else {
-                known.join(", ")
-            }
-        )))
+        Err(undecodable(
+            &self.method,
+            format!(
+                "{}: unknown parameter '{}{}'; it takes {}",
+                self.method,
+                self.prefix,
+                unknown,
+                if known.is_empty() {
+                    "none".to_owned()
+                } else {
+                    known.join(", ")
+                }
+            ),
+        ))
     }
 
     fn wrong(&self, name: &str, expected: &str, got: &Value) -> RpcError {
-        RpcError::parameters(format!(
-            "{}: parameter '{}{name}' must be {expected}, not {}",
-            self.method,
-            self.prefix,
-            kind(got)
-        ))
+        undecodable(
+            &self.method,
+            format!(
+                "{}: parameter '{}{name}' must be {expected}, not {}",
+                self.method,
+                self.prefix,
+                kind(got)
+            ),
+        )
     }
 
     /// The error for a parameter that has to be there.
     pub fn missing(&self, name: &str) -> RpcError {
-        RpcError::parameters(format!(
-            "{}: parameter '{}{name}' is missing",
-            self.method, self.prefix
-        ))
+        undecodable(
+            &self.method,
+            format!(
+                "{}: parameter '{}{name}' is missing",
+                self.method, self.prefix
+            ),
+        )
     }
 
     /// A string.
@@ -144,13 +168,16 @@ impl Parameters {
         };
         match whole {
             Some(number) if range.contains(&number) => Ok(Some(number)),
-            _ => Err(RpcError::parameters(format!(
-                "{}: parameter '{}{name}' must be a whole number from {} to {}, not {shown}",
-                self.method,
-                self.prefix,
-                range.start(),
-                range.end()
-            ))),
+            _ => Err(undecodable(
+                &self.method,
+                format!(
+                    "{}: parameter '{}{name}' must be a whole number from {} to {}, not {shown}",
+                    self.method,
+                    self.prefix,
+                    range.start(),
+                    range.end()
+                ),
+            )),
         }
     }
 

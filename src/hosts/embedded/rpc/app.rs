@@ -162,7 +162,7 @@ fn log_set_level(_core: &mut Core, mut all: Parameters, reply: Reply) {
                 "level '{level}' is none of {}",
                 log::LEVELS.map(|(name, _)| name).join(", ")
             );
-            Err(RpcError::new(RpcError::INVALID_PARAMETERS, text))
+            Err(RpcError::parameters(text))
         }
     }));
 }

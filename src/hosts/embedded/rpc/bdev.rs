@@ -173,46 +173,62 @@ fn bdev_get_bdevs(core: &mut Core, mut all: Parameters, reply: Reply) {
         ))
     })();
     match parsed {
-        Ok((None, 0)) => {
+        // There is nothing to wait for without a name.
+        Ok((None, _)) => {
             let bdevs: Vec<Value> = core.registry.iter().map(description).collect();
             reply.ok(bdevs);
         }
-        Ok((None, _)) => reply.fail(RpcError::parameters(
-            "bdev_get_bdevs: timeout can only be given with a name",
-        )),
         Ok((Some(name), timeout_ms)) => {
             let give_up_ns = core
                 .reactor
                 .now_ns()
                 .saturating_add(timeout_ms.saturating_mul(1_000_000));
-            look_for(core, name, give_up_ns, reply);
+            look_for(core, name, (timeout_ms, give_up_ns), reply);
         }
         Err(error) => reply.fail(error),
     }
 }
 
-fn look_for(core: &mut Core, name: String, give_up_ns: u64, reply: Reply) {
+/// `patience` is how long in ms, and until when in ns.
+fn look_for(core: &mut Core, name: String, patience: (u64, u64), reply: Reply) {
     if let Some(entry) = core.registry.find(&name) {
         return reply.ok(vec![description(entry)]);
     }
+    let (timeout_ms, give_up_ns) = patience;
     if core.reactor.now_ns() >= give_up_ns {
-        return reply.fail(RpcError::no_device(format!(
-            "bdev_get_bdevs: there is no bdev '{name}'"
-        )));
+        let error = match timeout_ms {
+            0 => RpcError::no_device(format!("bdev_get_bdevs: there is no bdev '{name}'")),
+            _ => RpcError::errno(
+                libc::ETIMEDOUT,
+                format!("bdev_get_bdevs: no bdev '{name}' has come in {timeout_ms} ms"),
+            ),
+        };
+        return reply.fail(error);
     }
     core.after(LOOK_INTERVAL_MS, move |core| {
-        look_for(core, name, give_up_ns, reply)
+        look_for(core, name, patience, reply)
     });
 }
 
 /// A bdev as SPDK's `bdev_get_bdevs` describes it.
 fn description(entry: &BdevEntry) -> Value {
+    // SPDK gives every bdev its UUID as a second name.
+    let mut aliases = entry.aliases.clone();
+    let uuid = entry.uuid.to_string();
+    if !aliases.contains(&uuid) {
+        aliases.push(uuid);
+    }
     let mut described = json!({
         "name": entry.name,
-        "aliases": entry.aliases,
+        "aliases": aliases,
         "product_name": entry.origin.product_name(),
         "block_size": entry.block_size,
         "num_blocks": entry.num_blocks,
+        "preferred_write_alignment": 0,
+        "preferred_write_granularity": 0,
+        "optimal_write_size": 0,
+        "preferred_unmap_alignment": 0,
+        "preferred_unmap_granularity": 0,
         "uuid": entry.uuid,
         "assigned_rate_limits": {
             "rw_ios_per_sec": 0,
@@ -232,7 +248,7 @@ fn description(entry: &BdevEntry) -> Value {
 }
 
 fn supported_io_types(origin: &BdevOrigin) -> Value {
-    const ALL: [&str; 19] = [
+    const ALL: [&str; 22] = [
         "read",
         "write",
         "unmap",
@@ -252,6 +268,9 @@ fn supported_io_types(origin: &BdevOrigin) -> Value {
         "seek_hole",
         "seek_data",
         "copy",
+        "nvme_iov_md",
+        "nvme_nssr",
+        "write_uncorrectable",
     ];
     let supported = |name: &str| match origin {
         BdevOrigin::Aio(FileParameters {

@@ -124,7 +124,8 @@ fn bdev_nvme_get_controllers(core: &mut Core, mut all: Parameters, reply: Reply)
         controllers.retain(|controller| controller.name == name);
         if controllers.is_empty() {
             let text = format!("bdev_nvme_get_controllers: there is no controller named '{name}'");
-            return reply.fail(RpcError::no_device(text));
+            // Where bdev_nvme_detach_controller answers ENODEV, SPDK answers EINVAL here.
+            return reply.fail(RpcError::invalid(text));
         }
     }
     reply.ok(controllers.iter().map(description).collect::<Vec<Value>>());

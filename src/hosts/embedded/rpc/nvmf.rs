@@ -600,11 +600,12 @@ fn nvmf_subsystem_add_host(core: &mut Core, mut all: Parameters, reply: Reply) {
             .target
             .state()
             .add_host(&subsystem.parameters.nqn, &host);
-        match added {
-            // SPDK's too: a host that is allowed already is no error.
-            Ok(()) | Err(TargetError::Exists { .. }) => Ok(json!(true)),
-            Err(error) => Err(refused(all.method(), error)),
-        }
+        // A host that is allowed already is an error of SPDK's too.
+        added.map_err(|error| {
+            let text = format!("nvmf_subsystem_add_host: {error}");
+            RpcError::new(RpcError::INTERNAL_ERROR, text)
+        })?;
+        Ok(json!(true))
     })());
 }
 

@@ -184,6 +184,7 @@ fn bdevs_come_and_go_and_are_described() {
     assert_eq!(one[0]["product_name"], "URING bdev");
     assert_eq!(one[0]["supported_io_types"]["write"], true);
     let uuid = one[0]["uuid"].clone();
+    assert_eq!(one[0]["aliases"], json!([uuid]));
     assert_eq!(
         target.call("bdev_get_bdevs", json!({"name": uuid}))[0]["name"],
         "u"
@@ -228,7 +229,7 @@ fn get_bdevs_waits_for_a_bdev_as_long_as_it_is_told() {
     assert_eq!(waiting.join().unwrap().unwrap()[0]["name"], "m");
     assert_eq!(
         target.code("bdev_get_bdevs", json!({"name": "x", "timeout": 30})),
-        -19
+        -110
     );
 }
 
@@ -539,7 +540,17 @@ fn the_target_refuses_with_spdks_codes() {
     assert_eq!(target.code("nvmf_subsystem_add_host", host), -32602);
     let host = json!({"nqn": NQN, "host": "nqn.2014-08.org.example:h"});
     assert_eq!(target.call("nvmf_subsystem_add_host", host.clone()), true);
-    assert_eq!(target.call("nvmf_subsystem_add_host", host.clone()), true);
+    assert_eq!(target.code("nvmf_subsystem_add_host", host.clone()), -32603);
+    for (method, code) in [
+        ("nvmf_create_subsystem", -32602),
+        ("nvmf_subsystem_add_ns", -32602),
+        ("framework_get_config", -32602),
+        ("spdk_kill_instance", -32602),
+        ("bdev_malloc_create", -32603),
+        ("log_set_level", -32603),
+    ] {
+        assert_eq!(target.code(method, json!({})), code, "{method}");
+    }
     assert_eq!(
         target.call("nvmf_subsystem_remove_host", host.clone()),
         true
@@ -616,7 +627,7 @@ fn a_controller_is_attached_saved_and_detached() {
     );
     assert_eq!(
         target.code("bdev_nvme_get_controllers", json!({"name": "N"})),
-        -19
+        -22
     );
     for (key, value) in [
         ("trtype", "RDMA"),
