@@ -146,8 +146,8 @@ pub struct Recovery {
 /// Reads a whole ring, the blocks in their order on disk. A block that could not be read is passed as
 /// anything that is not a transaction and not all zeroes.
 ///
-/// The extents are those of the newest whole transaction, and, for good measure, of the one before it. A
-/// newest one that was torn does not matter: no write that needed it has started.
+/// The extents are those of the newest whole transaction, which names all that are active. A newest one that
+/// was torn does not matter: no write that needed it has started.
 pub fn recover(bytes: &[u8], id: RingId, extent_count: u64) -> Recovery {
     let blocks: Vec<&[u8]> = bytes.chunks(BLOCK_SIZE).collect();
     let ring_blocks = blocks.len() as u32;
@@ -174,7 +174,7 @@ pub fn recover(bytes: &[u8], id: RingId, extent_count: u64) -> Recovery {
     };
     let mut extents: Vec<u32> = whole
         .iter()
-        .take(2)
+        .take(1)
         .flat_map(|transaction| &transaction.extents)
         .copied()
         .collect();
@@ -226,15 +226,15 @@ mod tests {
     }
 
     #[test]
-    fn the_two_newest_whole_transactions_count() {
+    fn the_newest_whole_transaction_counts() {
         let mut bytes = ring(4, 1..=10);
         let found = recover(&bytes, ID, 1000);
-        assert_eq!((found.extents, found.next_number), (vec![9, 10, 500], 11));
+        assert_eq!((found.extents, found.next_number), (vec![10, 500], 11));
         bytes[2 * BLOCK_SIZE + 100] ^= 1;
         let found = recover(&bytes, ID, 1000);
         assert_eq!(
             (found.extents, found.next_number, found.damaged),
-            (vec![8, 9, 500], 10, false)
+            (vec![9, 500], 10, false)
         );
     }
 
