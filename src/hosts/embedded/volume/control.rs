@@ -2,7 +2,7 @@
 //! Devices are opened in `opening`; volumes come and go in `lifecycle`.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -12,12 +12,14 @@ use super::super::core::Core;
 use super::super::registry::BdevError;
 use super::lifecycle::{delete, publish};
 use super::opening::{Purpose, attach, create as create_volume, open_device};
-use super::{CoreVolume, report, with};
-use crate::engine::manager::{Options, Order};
-use crate::engine::message::{OrderErrorKind, OrderId, OrderOutcome};
+use super::{CoreVolume, with};
+use crate::engine::manager::Order;
+use crate::engine::message::{OrderId, OrderOutcome};
 use crate::engine::volume::VolumeGeometry;
-use crate::host::PeerAddress;
-use crate::rpc::volume::{AddPeer, Address, CreateVolume, SetOptions, VolumeRequest, no_volume};
+use crate::hosts::control::order::{self, Asked};
+use crate::hosts::control::report::{self, Facts};
+use crate::hosts::control::{config as saved, refusal};
+use crate::rpc::volume::{CreateVolume, SetOptions, VolumeRequest, no_volume};
 use crate::rpc::{Reply, RpcError};
 
 /// A volume as core 0 knows it.
@@ -34,6 +36,22 @@ pub(super) struct Control {
     pub(super) active_extents: Arc<Vec<AtomicU32>>,
     pub(super) orders: Vec<(OrderId, Pending)>,
     pub(super) deleting: bool,
+}
+
+impl Control {
+    fn facts(&self) -> Facts<'_> {
+        Facts {
+            base_bdev: self.base.as_ref().map(|(_, name)| name.as_str()),
+            listen: self.listen,
+            geometry: self.geometry,
+            cores: self.cores,
+            active_extents: self
+                .active_extents
+                .iter()
+                .map(|used| used.load(Ordering::Relaxed))
+                .sum(),
+        }
+    }
 }
 
 /// What is to be done when a volume has ended.
@@ -58,9 +76,7 @@ pub(super) fn control_of<'a>(core: &'a mut Core, name: &str) -> Result<&'a mut C
         .iter_mut()
         .find(|control| control.create.name == name);
     match found {
-        Some(control) if control.deleting => {
-            Err(RpcError::busy(format!("volume '{name}' is being deleted")))
-        }
+        Some(control) if control.deleting => Err(refusal::being_deleted(name)),
         Some(control) => Ok(control),
         None => Err(no_volume(name)),
     }
@@ -68,49 +84,14 @@ pub(super) fn control_of<'a>(core: &'a mut Core, name: &str) -> Result<&'a mut C
 
 /// Carries out a call of a volume method, on core 0.
 pub fn request(core: &mut Core, request: VolumeRequest, reply: Reply) {
-    let (name, order) = match request {
-        VolumeRequest::Create(create) => return create_volume(core, create, reply),
-        VolumeRequest::Delete { name } => return delete(core, &name, reply),
-        VolumeRequest::Wipe { base_bdev } => {
-            return open_device(core, base_bdev, Purpose::Wipe, reply);
-        }
-        VolumeRequest::GetVolumes { name } => {
-            return reply.answer(get_volumes(core, name.as_deref()));
-        }
-        VolumeRequest::Attach { name, base_bdev } => return attach(core, &name, base_bdev, reply),
-        VolumeRequest::SetOptions(options) => return reply.answer(set_options(core, &options)),
-        VolumeRequest::Detach { name } => (name, Order::Detach),
-        VolumeRequest::AddPeer(peer) => {
-            let order = Order::AddPeer {
-                node_id: peer.node_id,
-                address: PeerAddress {
-                    traddr: peer.address.traddr.to_string(),
-                    trsvcid: peer.address.trsvcid,
-                    header_digest: peer.hdgst,
-                    data_digest: peer.ddgst,
-                },
-                connect: peer.connect,
-            };
-            (peer.name, order)
-        }
-        VolumeRequest::RemovePeer { name, node_id } => (name, Order::RemovePeer { node_id }),
-        VolumeRequest::Connect {
-            name,
-            node_id,
-            discard_my_data,
-        } => (
-            name,
-            Order::Connect {
-                node_id,
-                discard_my_data,
-            },
-        ),
-        VolumeRequest::Disconnect { name, node_id } => (name, Order::Disconnect { node_id }),
-        VolumeRequest::Promote { name, force } => (name, Order::Promote { force }),
-        VolumeRequest::Demote { name } => (name, Order::Demote),
-        VolumeRequest::Invalidate { name } => (name, Order::Invalidate),
-        VolumeRequest::PauseResync { name } => (name, Order::PauseResync),
-        VolumeRequest::ResumeResync { name } => (name, Order::ResumeResync),
+    let (name, order) = match order::ask(request) {
+        Asked::Order(name, order) => (name, order),
+        Asked::Create(create) => return create_volume(core, create, reply),
+        Asked::Delete { name } => return delete(core, &name, reply),
+        Asked::Wipe { base_bdev } => return open_device(core, base_bdev, Purpose::Wipe, reply),
+        Asked::GetVolumes { name } => return reply.answer(get_volumes(core, name.as_deref())),
+        Asked::Attach { name, base_bdev } => return attach(core, &name, base_bdev, reply),
+        Asked::SetOptions(options) => return reply.answer(set_options(core, &options)),
     };
     match control_of(core, &name) {
         Ok(control) => {
@@ -158,13 +139,7 @@ pub(super) fn ordered(core: &mut Core, volume: u32, id: OrderId, outcome: OrderO
         return;
     };
     let (_, pending) = control.orders.swap_remove(position);
-    let outcome = outcome.map_err(|error| match error.kind {
-        OrderErrorKind::Busy => RpcError::busy(error.text),
-        OrderErrorKind::Exists => RpcError::exists(error.text),
-        OrderErrorKind::NotFound => RpcError::no_device(error.text),
-        OrderErrorKind::Invalid => RpcError::invalid(error.text),
-        OrderErrorKind::Io => RpcError::io(error.text),
-    });
+    let outcome = outcome.map_err(order::order_error);
     match pending {
         Pending::Reply(reply) => reply.answer(outcome.map(|()| json!(true))),
         Pending::Create(reply) => publish(core, volume, reply),
@@ -187,12 +162,9 @@ fn get_volumes(core: &mut Core, name: Option<&str>) -> Result<Value, RpcError> {
         else {
             continue;
         };
-        reports.push(report::volume(control, manager, &this.context));
+        reports.push(report::volume(control.facts(), manager, &this.context));
     }
-    match name {
-        Some(name) if reports.is_empty() => Err(no_volume(name)),
-        _ => serde_json::to_value(reports).map_err(|error| RpcError::io(error.to_string())),
-    }
+    report::answer(&reports, name)
 }
 
 fn set_options(core: &mut Core, wanted: &SetOptions) -> Result<Value, RpcError> {
@@ -202,18 +174,9 @@ fn set_options(core: &mut Core, wanted: &SetOptions) -> Result<Value, RpcError> 
         ..
     }) = core.volumes.get_mut(volume)
     else {
-        return Err(RpcError::busy("the volume is being made"));
+        return Err(refusal::being_made());
     };
-    let old = manager.options();
-    let milliseconds = |new: Option<u32>, old: u64| new.map_or(old, u64::from);
-    manager.set_options(Options {
-        ping_interval_ms: milliseconds(wanted.ping_interval_ms, old.ping_interval_ms),
-        ping_timeout_ms: milliseconds(wanted.ping_timeout_ms, old.ping_timeout_ms),
-        connect_interval_ms: milliseconds(wanted.connect_interval_ms, old.connect_interval_ms),
-        resync_rate_bytes: wanted
-            .resync_rate_mb
-            .map_or(old.resync_rate_bytes, |rate| u64::from(rate) << 20),
-    });
+    manager.set_options(order::options(wanted, manager.options()));
     Ok(json!(true))
 }
 
@@ -230,41 +193,7 @@ pub fn config(core: &Core) -> Vec<VolumeRequest> {
         else {
             continue;
         };
-        let name = control.create.name.clone();
-        calls.push(VolumeRequest::Create(CreateVolume {
-            // Only for the first time: a configuration that is loaded must not overwrite what came between.
-            force: false,
-            ..control.create.clone()
-        }));
-        let options = manager.options();
-        if options != Options::default() {
-            calls.push(VolumeRequest::SetOptions(SetOptions {
-                name: name.clone(),
-                ping_interval_ms: Some(options.ping_interval_ms as u32),
-                ping_timeout_ms: Some(options.ping_timeout_ms as u32),
-                connect_interval_ms: Some(options.connect_interval_ms as u32),
-                resync_rate_mb: Some((options.resync_rate_bytes >> 20) as u32),
-            }));
-        }
-        for peer in manager.report(&this.context).peers {
-            let Some(address) = peer.address else {
-                continue;
-            };
-            let Ok(traddr) = address.traddr.parse() else {
-                continue;
-            };
-            calls.push(VolumeRequest::AddPeer(AddPeer {
-                name: name.clone(),
-                node_id: peer.node_id,
-                address: Address {
-                    traddr,
-                    trsvcid: address.trsvcid,
-                },
-                hdgst: address.header_digest,
-                ddgst: address.data_digest,
-                connect: peer.wanted,
-            }));
-        }
+        calls.extend(saved::calls(&control.create, manager, &this.context));
     }
     calls
 }

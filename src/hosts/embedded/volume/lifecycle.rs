@@ -16,12 +16,16 @@ use super::super::slab::Slab;
 use super::super::target;
 use super::context::Context;
 use super::control::{Control, Pending, bdev_error, control_of, give_order, next_order};
-use super::link::{ENDPOINT_NSID, Links, endpoint_nqn};
+use super::link::Links;
 use super::{CoreVolume, with};
 use crate::engine::channel::Channel;
 use crate::engine::manager::{Manager, Order};
 use crate::engine::open::Opened;
-use crate::engine::volume::{Shared, VolumeGeometry};
+use crate::engine::volume::Shared;
+use crate::hosts::control::endpoint::{
+    ENDPOINT_MODEL, ENDPOINT_NSID, endpoint_name, endpoint_nqn, endpoint_uuid,
+};
+use crate::hosts::control::{device, refusal};
 use crate::rpc::volume::{Address, CreateVolume};
 use crate::rpc::{Reply, RpcError};
 
@@ -35,22 +39,11 @@ pub(super) fn start(
     opened: Opened,
     reply: Reply,
 ) {
-    let layout = &opened.superblock.layout;
-    if core.cores > usize::from(layout.channel_slots()) {
+    if let Err(error) = device::check_cores(&opened.superblock, core.cores) {
         core.registry.release(base.0);
-        let text = format!(
-            "the metadata has room for {} cores, this node has {}; make the volume with more channel_slots",
-            layout.channel_slots(),
-            core.cores
-        );
-        return reply.fail(RpcError::invalid(text));
+        return reply.fail(error);
     }
-    let geometry = VolumeGeometry {
-        block_size,
-        size_blocks: layout.data_size() / u64::from(block_size),
-        data_offset: layout.data_offset(),
-        granularity_log2: layout.granularity_log2(),
-    };
+    let geometry = device::geometry(&opened.superblock, block_size);
     let uuid = Uuid::from_bytes(opened.superblock.volume_uuid);
     let node_id = opened.superblock.node_id;
     let cores = core.cores;
@@ -176,7 +169,7 @@ pub(super) fn publish(core: &mut Core, volume: u32, reply: Reply) {
     };
     let endpoint = Registration {
         name: endpoint_name(&name),
-        uuid: Uuid::new_v5(&uuid, &[control.create.node_id]),
+        uuid: endpoint_uuid(&uuid, control.create.node_id),
         kind: BdevKind::Endpoint(volume),
         origin: BdevOrigin::Endpoint,
         ..registration.clone()
@@ -195,10 +188,6 @@ fn undo(core: &mut Core, volume: u32, error: RpcError, reply: Reply) {
     remove(core, volume, move |_, _| reply.fail(error));
 }
 
-fn endpoint_name(name: &str) -> String {
-    format!("{name}.endpoint")
-}
-
 fn export_endpoint(core: &mut Core, volume: u32, endpoint: BdevId, reply: Reply) {
     let Some(control) = core
         .volumes
@@ -211,12 +200,12 @@ fn export_endpoint(core: &mut Core, volume: u32, endpoint: BdevId, reply: Reply)
     let nqn = endpoint_nqn(&control.uuid, control.create.node_id);
     let geometry = control.geometry;
     let listen = control.create.listen;
-    let uuid = *Uuid::new_v5(&control.uuid, &[control.create.node_id]).as_bytes();
+    let uuid = *endpoint_uuid(&control.uuid, control.create.node_id).as_bytes();
     let made = {
         let mut state = core.target.state();
         let mut parameters = SubsystemParameters::new(&nqn);
         parameters.allow_any_host = true;
-        parameters.model_number = "bdev_repl endpoint".into();
+        parameters.model_number = ENDPOINT_MODEL.into();
         state.create_subsystem(parameters).and_then(|()| {
             state.add_namespace(
                 &nqn,
@@ -283,8 +272,7 @@ pub(super) fn delete(core: &mut Core, name: &str, reply: Reply) {
                 && let Some(holder) = &entry.claimed_by
                 && holder != target::CLAIMANT
             {
-                let text = format!("volume '{name}' is claimed by {holder}: delete that first");
-                return reply.fail(RpcError::busy(text));
+                return reply.fail(refusal::claimed(name, holder));
             }
             remove(core, volume, move |_, outcome| {
                 reply.answer(outcome.map(|()| json!(true)))

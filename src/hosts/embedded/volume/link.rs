@@ -14,16 +14,10 @@ use super::context::{QUEUE_ENTRIES, Queue};
 use super::{MANAGER_CORE, VolumeMessage, with};
 use crate::engine::MAX_PEERS;
 use crate::host::{PeerAddress, PeerSlot};
+use crate::hosts::control::endpoint::{endpoint_nqn, host_id};
 
-/// The endpoint's namespace in its subsystem.
-pub(super) const ENDPOINT_NSID: u32 = 1;
 /// From the first packet to the answer of Connect.
 const CONNECT_TIMEOUT_MS: u64 = 3000;
-
-/// The subsystem of a node's endpoint of a volume.
-pub(super) fn endpoint_nqn(volume: &Uuid, node_id: u8) -> String {
-    format!("nqn.2026-11.io.bdev-repl:volume:{volume}:node{node_id}")
-}
 
 /// Core 0's knowledge of a volume's links.
 #[derive(Default)]
@@ -104,12 +98,10 @@ pub(super) fn open(core: &mut Core, volume: u32, slot: PeerSlot, address: &PeerA
             format!("{} is no address", address.traddr),
         );
     };
-    let mut host_id = *links.volume_uuid.as_bytes();
-    host_id[15] ^= links.node_id + 1;
     let parameters = ControllerParameters {
         subsystem_nqn: endpoint_nqn(&links.volume_uuid, peer),
         host_nqn: endpoint_nqn(&links.volume_uuid, links.node_id),
-        host_id,
+        host_id: host_id(&links.volume_uuid, links.node_id),
         // The engine pings.
         keep_alive_ms: 0,
         header_digest: address.header_digest,

@@ -7,7 +7,6 @@ mod control;
 mod lifecycle;
 mod link;
 mod opening;
-mod report;
 mod split;
 
 use std::collections::VecDeque;
@@ -27,9 +26,11 @@ use crate::engine::channel::{AppIo, Channel, TOKEN_MANAGER};
 use crate::engine::manager::Manager;
 use crate::engine::message::{ToChannel, ToManager};
 use crate::engine::peer::answer::PeerAnswer;
-use crate::engine::peer::command::{CommandWords, PeerCommand};
+use crate::engine::peer::command::PeerCommand;
 use crate::engine::request::RequestKind;
 use crate::host::{AppStatus, Completion, Data, DiskIo, DiskOp, IoStatus, PeerSlot, Token};
+use crate::hosts::control::endpoint::ENDPOINT_NSID;
+use crate::hosts::control::received;
 
 pub use control::{config, request};
 
@@ -269,7 +270,7 @@ fn submit_peer(
     let words = command.emit().0;
     let sqe = Sqe {
         opcode: command.opcode(),
-        nsid: link::ENDPOINT_NSID,
+        nsid: ENDPOINT_NSID,
         cdw2: words[0],
         cdw3: words[1],
         cdw10_15: [words[2], words[3], words[4], words[5], words[6], words[7]],
@@ -291,7 +292,7 @@ fn finish(core: &mut Core, volume: u32, io: AppHandle, status: AppStatus) {
     };
     match io {
         AppHandle::Whole(ticket) => core.complete(ticket, status, 0),
-        AppHandle::Part(key) => split::part_done(core, volume, key, status),
+        AppHandle::Part(key) => split::go_on(core, volume, key, status),
     }
 }
 
@@ -302,7 +303,7 @@ pub fn submit(core: &mut Core, volume: u32, port: Port, ticket: Ticket, io: Bdev
     }
     match port {
         Port::Application => split::submit(core, volume, ticket, io),
-        Port::Peers => received(core, volume, ticket, io),
+        Port::Peers => peer_command(core, volume, ticket, io),
     }
 }
 
@@ -344,7 +345,7 @@ impl CoreVolume {
     }
 }
 
-fn received(core: &mut Core, volume: u32, ticket: Ticket, io: BdevIo) {
+fn peer_command(core: &mut Core, volume: u32, ticket: Ticket, io: BdevIo) {
     let BdevOp::Vendor {
         opcode,
         cdw2,
@@ -354,17 +355,15 @@ fn received(core: &mut Core, volume: u32, ticket: Ticket, io: BdevIo) {
     else {
         return core.complete(ticket, Err(IoError::Errno(libc::EOPNOTSUPP)), 0);
     };
-    let words = CommandWords([cdw2, cdw3, cdw10, cdw11, cdw12, cdw13, cdw14, cdw15]);
+    let words = [cdw2, cdw3, cdw10, cdw11, cdw12, cdw13, cdw14, cdw15];
     let len = io.data.length_bytes();
     let block_size = core
         .volumes
         .get_mut(volume)
         .map_or(0, |this| this.block_size);
-    let command = PeerCommand::parse(opcode, &words, len)
-        .ok()
-        .filter(|command| command.data_len(block_size) == Some(len));
-    let Some(command) = command else {
-        return core.complete(ticket, Ok(()), PeerAnswer::Malformed.to_dword0());
+    let command = match received::command(opcode, words, len, block_size) {
+        Ok(command) => command,
+        Err(answer) => return core.complete(ticket, Ok(()), answer.to_dword0()),
     };
     let payload = (len > 0).then_some(io.data);
     with(core, volume, |this| {

@@ -9,11 +9,11 @@ use super::context::{Action, Context};
 use super::control::{Pending, bdev_error, control_of};
 use super::lifecycle::{start, start_attach};
 use super::{disk_status, pointer};
-use crate::engine::meta::format::{AL_RING_BLOCKS_DEFAULT, Content, FormatParams};
-use crate::engine::meta::layout::{LayoutParams, Placement};
-use crate::engine::open::{Goal, OpenError, Opened, Opener};
+use crate::engine::open::{Goal, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::host::{Completion, Data, DiskOp, Token};
+use crate::hosts::control::device::{self, open_error};
+use crate::hosts::control::refusal;
 use crate::rpc::volume::CreateVolume;
 use crate::rpc::{Reply, RpcError};
 
@@ -39,15 +39,6 @@ pub(super) struct Opening {
     block_size: u32,
     in_flight: Option<(Token, Data<Context>)>,
     reply: Option<Reply>,
-}
-
-fn open_error(error: &OpenError) -> RpcError {
-    match error {
-        OpenError::Io { .. } => RpcError::io(error.to_string()),
-        OpenError::TooSmall(_) => RpcError::no_space(error.to_string()),
-        OpenError::OtherVolume { .. } => RpcError::exists(error.to_string()),
-        _ => RpcError::invalid(error.to_string()),
-    }
 }
 
 /// A device is taken, and opened for `purpose`.
@@ -97,62 +88,19 @@ fn goal_of(
     device_bytes: u64,
     backing: Uuid,
 ) -> Result<Goal, RpcError> {
-    Ok(match purpose {
-        Purpose::Wipe => Goal::Any,
+    match purpose {
+        Purpose::Wipe => Ok(Goal::Any),
         Purpose::Attach(volume) => {
             let control = core
                 .volumes
                 .controls
                 .iter()
                 .find(|control| control.volume == *volume);
-            let control = control.ok_or_else(|| RpcError::no_device("the volume is gone"))?;
-            Goal::Existing {
-                volume_uuid: *control.uuid.as_bytes(),
-                node_id: control.create.node_id,
-            }
+            let control = control.ok_or_else(refusal::gone)?;
+            Ok(device::attach_goal(&control.uuid, control.create.node_id))
         }
-        Purpose::Create(create) => {
-            let mut random = [0; 8];
-            getrandom::fill(&mut random)
-                .map_err(|error| RpcError::io(format!("no random numbers: {error}")))?;
-            let content = if create.has_data {
-                Content::Data {
-                    random: u64::from_le_bytes(random),
-                }
-            } else if create.assume_clean {
-                Content::AssumeClean
-            } else {
-                Content::Nothing
-            };
-            let params = FormatParams {
-                name: create.name.clone(),
-                volume_uuid: create.uuid.map(|uuid| *uuid.as_bytes()),
-                node_id: create.node_id,
-                backing_uuid: *backing.as_bytes(),
-                layout: LayoutParams {
-                    device_size_bytes: device_bytes,
-                    block_size_bytes: block_size,
-                    placement: if create.data_offset == Some(0) {
-                        Placement::InPlace
-                    } else {
-                        Placement::Front
-                    },
-                    data_size_bytes: create.size_mb.map(|size| size << 20),
-                    granularity_log2: (u64::from(create.granularity_kb) << 10).trailing_zeros()
-                        as u8,
-                    peer_slots: create.peer_slots,
-                    channel_slots: u16::from(create.channel_slots),
-                    al_ring_blocks: AL_RING_BLOCKS_DEFAULT,
-                },
-                al_extents: create.al_extents,
-                content,
-            };
-            Goal::Create {
-                params: Box::new(params),
-                force: create.force,
-            }
-        }
-    })
+        Purpose::Create(create) => device::create_goal(create, backing, block_size, device_bytes),
+    }
 }
 
 pub(super) fn create(core: &mut Core, create: CreateVolume, reply: Reply) {
@@ -162,7 +110,7 @@ pub(super) fn create(core: &mut Core, create: CreateVolume, reply: Reply) {
             |opening| matches!(&opening.purpose, Purpose::Create(other) if other.name == *name),
         );
     if opening || core.registry.find(name).is_some() {
-        return reply.fail(RpcError::exists(format!("a bdev {name} exists already")));
+        return reply.fail(refusal::bdev_exists(name));
     }
     if core
         .volumes
@@ -170,22 +118,17 @@ pub(super) fn create(core: &mut Core, create: CreateVolume, reply: Reply) {
         .iter()
         .any(|control| control.create.name == *name)
     {
-        return reply.fail(RpcError::exists(format!("volume '{name}' exists already")));
+        return reply.fail(refusal::volume_exists(name));
     }
     let Some(base) = create.base_bdev.clone() else {
-        return reply.fail(RpcError::not_supported(
-            "a volume needs a backing bdev to be made; detach it later for a diskless node",
-        ));
+        return reply.fail(refusal::needs_base_bdev());
     };
     open_device(core, base, Purpose::Create(Box::new(create)), reply);
 }
 
 pub(super) fn attach(core: &mut Core, name: &str, base_bdev: String, reply: Reply) {
     match control_of(core, name) {
-        Ok(control) if control.base.is_some() => {
-            let text = format!("volume '{name}' has a backing bdev already; detach it first");
-            reply.fail(RpcError::busy(text));
-        }
+        Ok(control) if control.base.is_some() => reply.fail(refusal::has_base_bdev(name)),
         Ok(control) => {
             let volume = control.volume;
             open_device(core, base_bdev, Purpose::Attach(volume), reply);
@@ -279,18 +222,13 @@ fn end_opening(core: &mut Core, position: usize, outcome: Result<Opened, RpcErro
     let Some(reply) = opening.reply.take() else {
         return;
     };
-    let opened = match outcome {
-        Ok(opened) if opened.superblock.layout.block_size() == opening.block_size => opened,
-        Ok(opened) => {
-            core.registry.release(opening.bdev);
-            let text = format!(
-                "the volume has blocks of {} bytes, bdev {} of {}",
-                opened.superblock.layout.block_size(),
-                opening.base_name,
-                opening.block_size
-            );
-            return reply.fail(RpcError::invalid(text));
-        }
+    let fits = outcome.and_then(|opened| {
+        let superblock = &opened.superblock;
+        device::check_block_size(superblock, &opening.base_name, opening.block_size)?;
+        Ok(opened)
+    });
+    let opened = match fits {
+        Ok(opened) => opened,
         Err(error) => {
             core.registry.release(opening.bdev);
             return reply.fail(error);
@@ -319,7 +257,7 @@ fn end_opening(core: &mut Core, position: usize, outcome: Result<Opened, RpcErro
             Pending::Reply(reply),
         ),
         Purpose::Wipe => {
-            let places: Vec<u64> = opened.superblock.layout.superblock_offsets().collect();
+            let places = device::wipe_places(&opened.superblock);
             wipe(core, opening.bdev, opening.block_size, places, reply);
         }
     }
@@ -335,16 +273,14 @@ fn wipe(core: &mut Core, bdev: BdevId, block_size: u32, mut places: Vec<u64>, re
     let io = BdevIo {
         op: BdevOp::WriteZeroes,
         lba: offset / block,
-        blocks: 4096 / block,
+        blocks: device::WIPE_BYTES / block,
         data: super::DataPointer::NONE,
     };
     core.submit_control(bdev, io, move |core, status, _| match status {
         Ok(()) => wipe(core, bdev, block_size, places, reply),
         Err(error) => {
             core.registry.release(bdev);
-            reply.fail(RpcError::io(format!(
-                "the metadata cannot be overwritten: {error}"
-            )));
+            reply.fail(device::wipe_error(error));
         }
     });
 }
