@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-/// Its addresses are fixed, so one at a time; the input is small.
+/// Its addresses are fixed, so one at a time; the input is small. It runs on the embedded host always.
 fn demo(more: &[&str]) -> Output {
+    let _turn = crate::hosts::turn(&crate::hosts::launchers());
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock();
     let directory = tempfile::tempdir_in("/var/tmp").unwrap();

@@ -1,9 +1,9 @@
 //! What the tests play on: two nodes in a temporary folder, a ledger over the whole volume, a load.
+//! The hosts of the nodes come from the environment; a scenario does not know them.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,8 @@ use bdev_repl::cli::demo::ledger::{BLOCK_BYTES, Ledger};
 use bdev_repl::cli::demo::load::{Load, LoadPlan, patient};
 use bdev_repl::hosts::embedded::nvme_tcp::blocking::BlockingClient;
 use serde_json::{Value, json};
+
+use crate::hosts;
 
 pub const A: usize = 0;
 pub const B: usize = 1;
@@ -26,6 +28,7 @@ pub struct Stage {
     loads: u64,
     // Dropped after the nodes.
     _directory: tempfile::TempDir,
+    _turn: Option<MutexGuard<'static, ()>>,
 }
 
 /// A loopback network of its own for each stage, so that ports of other tests cannot get into the way.
@@ -39,6 +42,13 @@ fn network() -> [Ipv4Addr; 3] {
 impl Stage {
     /// Two nodes that have not been started, for a volume of this size.
     pub fn new(size_mb: u64, create: Value) -> Stage {
+        let launchers = hosts::launchers();
+        let turn = hosts::turn(&launchers);
+        // Nodes that sleep when idle share a core; one that does not leaves none of its own for the other.
+        let core_masks = match turn {
+            None => ["0x1", "0x1"],
+            Some(_) => ["0x1", "0x2"],
+        };
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
         let [a, b, link] = network().map(IpAddr::V4);
         let mut all = json!({"size_mb": size_mb});
@@ -46,12 +56,12 @@ impl Stage {
             all[name] = value.clone();
         }
         let cluster = Cluster::new(ClusterSettings {
-            executable: Path::new(env!("CARGO_BIN_EXE_bdev-repl")).to_owned(),
+            launchers,
             directory: directory.path().to_owned(),
             addresses: [a, b],
             link_address: link,
             device_bytes: (size_mb + 32) * MIB,
-            core_mask: "0x1".into(),
+            core_masks: core_masks.map(String::from),
             create: all,
         })
         .unwrap();
@@ -60,6 +70,7 @@ impl Stage {
             ledger: Arc::new(Ledger::new(0, size_mb * MIB, u64::from(std::process::id()))),
             loads: 0,
             _directory: directory,
+            _turn: turn,
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::DemoError;
+use super::launcher::Launcher;
 use super::link::Link;
 use super::node::{LOOK_INTERVAL, Node, NodeSettings};
 use crate::rpc::volume::{PeerReport, VolumeReport};
@@ -32,8 +33,8 @@ const SOCKET_PATH_BYTES_MAX: usize = 108;
 /// What a cluster is made of.
 #[derive(Clone, Debug)]
 pub struct ClusterSettings {
-    /// The program that is a node.
-    pub executable: PathBuf,
+    /// The host of each node.
+    pub launchers: [Launcher; 2],
     /// Where files go. It must exist.
     pub directory: PathBuf,
     /// A loopback address for each node.
@@ -43,7 +44,7 @@ pub struct ClusterSettings {
     /// Size of each backing file.
     pub device_bytes: u64,
     /// Reactors of each node.
-    pub core_mask: String,
+    pub core_masks: [String; 2],
     /// More parameters of `bdev_repl_create`, the same on both nodes.
     pub create: Value,
 }
@@ -120,8 +121,8 @@ impl Cluster {
             nodes.push(Node::new(NodeSettings {
                 label,
                 node_id: index as u8,
-                executable: settings.executable.clone(),
-                core_mask: settings.core_mask.clone(),
+                launcher: settings.launchers[index].clone(),
+                core_mask: settings.core_masks[index].clone(),
                 rpc_socket,
                 config: path,
                 log: named("log"),

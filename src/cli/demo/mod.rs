@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod compare;
 mod error;
 pub mod image;
+pub mod launcher;
 pub mod ledger;
 pub mod link;
 pub mod load;

@@ -1,17 +1,18 @@
-//! One node: a process `bdev-repl tgt` with its configuration, its backing file and its RPC socket.
+//! One node: a process of either host with its configuration, its backing file and its RPC socket.
 //! Used by the cluster. Knows how a process is started, asked, stopped and killed, not what volumes do.
 
 use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::DemoError;
+use super::launcher::Launcher;
 use crate::rpc::client::{Client, ClientError};
 
 /// How long a node may take to start, to answer and to end. Generous: a test machine may be busy.
@@ -27,8 +28,8 @@ pub struct NodeSettings {
     pub label: char,
     /// 0 to 7.
     pub node_id: u8,
-    /// The program to run.
-    pub executable: PathBuf,
+    /// The host that it runs on.
+    pub launcher: Launcher,
     /// Reactors.
     pub core_mask: String,
     /// RPC socket.
@@ -91,16 +92,14 @@ impl Node {
             }
             _ => {}
         }
-        let process = Command::new(&settings.executable)
-            .args(["tgt", "-m", &settings.core_mask, "-r"])
-            .arg(&settings.rpc_socket)
-            .arg("-c")
-            .arg(&settings.config)
+        let process = settings
+            .launcher
+            .command(&settings.core_mask, &settings.rpc_socket, &settings.config)
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(twice)
             .spawn()
-            .map_err(|error| DemoError::io("start", &settings.executable, error))?;
+            .map_err(|error| DemoError::io("start", settings.launcher.program(), error))?;
         self.process = Some(process);
         self.client = None;
         let started = Instant::now();
@@ -110,14 +109,40 @@ impl Node {
                 return Err(self.report_end(status));
             }
             match self.call("spdk_get_version", Value::Null) {
-                Ok(_) => return Ok(()),
+                Ok(_) => return self.look_for_the_module(),
+                // Nobody listens yet, or nobody does any more: the process ends. The next look says which.
                 Err(DemoError::Rpc {
-                    source: ClientError::Connect { .. },
+                    source: ClientError::Connect { .. } | ClientError::Io { .. },
                     ..
                 }) if started.elapsed() < PATIENCE => thread::sleep(LOOK_INTERVAL),
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// A library that cannot be preloaded is left out by the dynamic linker with no more than a line of output.
+    fn look_for_the_module(&mut self) -> Result<(), DemoError> {
+        let Launcher::Spdk {
+            module: Some(module),
+            ..
+        } = self.settings.launcher.clone()
+        else {
+            return Ok(());
+        };
+        let methods = self.call("rpc_get_methods", Value::Null)?;
+        let methods = methods.as_array().map_or(&[][..], Vec::as_slice);
+        if methods.contains(&json!("bdev_repl_create")) {
+            return Ok(());
+        }
+        Err(DemoError::Answer {
+            node: self.settings.label,
+            text: format!(
+                "it runs without bdev_repl_create: is {} a module for this SPDK, built with the feature spdk? \
+                 The end of its log:\n{}",
+                module.display(),
+                end_of(&self.settings.log)
+            ),
+        })
     }
 
     /// Calls a method and waits for its answer.
@@ -145,10 +170,14 @@ impl Node {
     pub fn kill(&mut self) -> Result<(), DemoError> {
         self.client = None;
         if let Some(mut process) = self.process.take() {
+            let launcher = &self.settings.launcher;
+            // Reaped, its requests to the kernel's AIO have ended and its files are closed. What an io_uring still
+            // holds, the next process of the embedded host waits for: it locks its backing file.
             process
                 .kill()
                 .and_then(|()| process.wait())
-                .map_err(|error| DemoError::io("kill", &self.settings.executable, error))?;
+                .map_err(|error| DemoError::io("kill", launcher.program(), error))?;
+            launcher.sweep(process.id());
         }
         Ok(())
     }
@@ -190,9 +219,9 @@ impl Node {
     fn ended(&mut self) -> Result<Option<ExitStatus>, DemoError> {
         match self.process.as_mut() {
             None => Ok(None),
-            Some(process) => process
-                .try_wait()
-                .map_err(|error| DemoError::io("wait for", &self.settings.executable, error)),
+            Some(process) => process.try_wait().map_err(|error| {
+                DemoError::io("wait for", self.settings.launcher.program(), error)
+            }),
         }
     }
 
@@ -218,4 +247,34 @@ fn end_of(log: &Path) -> String {
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_ends_instead_of_answering_is_told_with_the_end_of_its_log() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let mut node = Node::new(NodeSettings {
+            label: 'A',
+            node_id: 0,
+            // A shell takes "tgt" for a script that is not there.
+            launcher: Launcher::Embedded {
+                executable: "/bin/sh".into(),
+            },
+            core_mask: "0x1".into(),
+            rpc_socket: path("sock"),
+            config: path("json"),
+            log: path("log"),
+            backing: path("img"),
+            export: ([127, 0, 0, 1], 1).into(),
+            endpoint: ([127, 0, 0, 1], 2).into(),
+        });
+        let error = node.start().unwrap_err();
+        assert!(matches!(error, DemoError::NodeEnded { .. }), "{error}");
+        assert!(error.to_string().contains("tgt"), "{error}");
+        assert_eq!(node.pid(), None);
+    }
 }

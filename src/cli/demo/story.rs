@@ -14,6 +14,7 @@ use super::DemoError;
 use super::cluster::{Cluster, ClusterSettings, SUBSYSTEM_NQN, VOLUME, in_sync, peer, state_line};
 use super::compare::{self, Replica};
 use super::image::{Image, Tools};
+use super::launcher::Launcher;
 use super::ledger::{BLOCK_BYTES, Ledger};
 use super::link::LinkState;
 use super::load::{Load, LoadPlan, LoadReport, patient};
@@ -81,9 +82,11 @@ pub fn tell(plan: &Plan) -> Result<(), DemoError> {
     let image = Image::prepare(&plan.tools, plan.input.as_deref(), &plan.directory)?;
     let load_offset = image.size_bytes.next_multiple_of(4 * MIB);
     let volume_bytes = load_offset + LOAD_BYTES;
+    let executable = std::env::current_exe()
+        .map_err(|error| DemoError::io("find", std::path::Path::new("this program"), error))?;
+    let launcher = Launcher::Embedded { executable };
     let cluster = Cluster::new(ClusterSettings {
-        executable: std::env::current_exe()
-            .map_err(|error| DemoError::io("find", std::path::Path::new("this program"), error))?,
+        launchers: [launcher.clone(), launcher],
         directory: plan.directory.clone(),
         addresses: [
             IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)),
@@ -91,7 +94,7 @@ pub fn tell(plan: &Plan) -> Result<(), DemoError> {
         ],
         link_address: IpAddr::V4(Ipv4Addr::new(127, 0, 0, 4)),
         device_bytes: volume_bytes + METADATA_BYTES + volume_bytes / 1024 / MIB * MIB,
-        core_mask: "0x1".into(),
+        core_masks: ["0x1".into(), "0x1".into()],
         create: json!({"size_mb": volume_bytes / MIB, "al_extents": AL_EXTENTS}),
     })?;
     let mut story = Story {
