@@ -3,3 +3,5 @@
 pub mod control;
 pub mod embedded;
 pub mod sim;
+#[cfg(feature = "spdk")]
+pub mod spdk;

@@ -1,0 +1,5 @@
+//! The SPDK host: the bdev module that runs the engine inside an SPDK application.
+//! Compiled with the feature `spdk` only.
+
+pub mod module;
+pub mod sys;
