@@ -5,6 +5,9 @@
 pub const CFGS: &[&str] = &[
     "spdk_memory_domain_types",
     "spdk_bdev_flag_bits",
+    "spdk_multipath_names",
+    "spdk_multipath_opts",
+    "spdk_nvme_cmd_dwords",
     "spdk_trace_sections",
 ];
 
@@ -16,6 +19,13 @@ pub fn holds(name: &str, bindings: &Bindings) -> bool {
                 && bindings.has_function("spdk_bdev_get_memory_domain_types")
         }
         "spdk_bdev_flag_bits" => !bindings.has_field("spdk_bdev", "md_interleave"),
+        "spdk_multipath_names" => {
+            bindings.has_constant("SPDK_BDEV_NVME_MULTIPATH_POLICY_ACTIVE_ACTIVE")
+        }
+        "spdk_multipath_opts" => {
+            bindings.has_field("spdk_bdev_nvme_ctrlr_opts", "multipath_policy")
+        }
+        "spdk_nvme_cmd_dwords" => bindings.has_field("spdk_nvme_cmd", "cdw2"),
         "spdk_trace_sections" => bindings.has_field("spdk_trace_file", "section_offsets"),
         _ => false,
     }
@@ -36,6 +46,11 @@ impl Bindings {
                 body.lines()
                     .any(|line| line.trim_start().starts_with(&wanted))
             })
+    }
+
+    /// True if there is a constant of this name, of an enumeration too.
+    pub fn has_constant(&self, name: &str) -> bool {
+        self.0.contains(&format!("\npub const {name}: "))
     }
 
     /// True if there is a function of this name.

@@ -91,6 +91,7 @@ fn find_libraries() -> Result<Vec<Library>, String> {
 fn probe(name: &str) -> Result<Library, String> {
     Config::new()
         .cargo_metadata(false)
+        .env_metadata(true)
         .print_system_libs(true)
         .probe(name)
         .map_err(|error| match error {

@@ -61,6 +61,7 @@ pub struct outer {
 pub struct outer_too {
     pub third: u32,
 }
+pub const LIMIT: u32 = 4;
 unsafe extern \"C\" {
     pub fn there(argument: u32);
 }
@@ -75,6 +76,8 @@ fn a_field_is_found_in_its_own_structure_only() {
     assert!(!bindings.has_field("out", "second"));
     assert!(bindings.has_function("there"));
     assert!(!bindings.has_function("the"));
+    assert!(bindings.has_constant("LIMIT"));
+    assert!(!bindings.has_constant("LIM"));
     for name in CFGS {
         // None but the one that is told by the absence of a field.
         assert_eq!(

@@ -1,7 +1,8 @@
-//! SPDK's C interface: what bindgen makes of the installed headers, and the macros and inline functions that it cannot
-//! translate. Used by this host only. Whatever differs between the supported versions of SPDK is settled here.
+//! SPDK's C interface: what bindgen makes of the installed headers, and the inline functions and macros that it cannot
+//! translate. Used by this host only. What differs between the supported versions of SPDK is settled here: `build.rs`
+//! sets a `cfg` for each difference, by what the bindings hold.
 
-#![allow(
+#[allow(
     non_camel_case_types,
     non_snake_case,
     non_upper_case_globals,
@@ -10,5 +11,256 @@
     unsafe_op_in_unsafe_fn,
     clippy::all
 )]
+mod bindings {
+    include!(concat!(env!("OUT_DIR"), "/spdk_bindings.rs"));
+}
 
-include!(concat!(env!("OUT_DIR"), "/spdk_bindings.rs"));
+use std::ffi::{c_int, c_void};
+use std::mem::{MaybeUninit, offset_of, size_of};
+
+pub use bindings::*;
+
+/// A structure that SPDK fills with its defaults, by a function that takes the size that this side knows.
+///
+/// # Safety
+///
+/// `T` must be a structure of C for which all zeroes is a value, and `fill` must take one of `size_of::<T>()` bytes.
+unsafe fn filled<T>(fill: impl FnOnce(*mut T, usize)) -> T {
+    let mut value = MaybeUninit::<T>::zeroed();
+    fill(value.as_mut_ptr(), size_of::<T>());
+    // SAFETY: all zeroes is a value, and `fill` has changed some of it.
+    unsafe { value.assume_init() }
+}
+
+/// Options of an application.
+pub fn app_opts() -> spdk_app_opts {
+    // SAFETY: numbers, flags and pointers only.
+    unsafe { filled(|opts, size| spdk_app_opts_init(opts, size)) }
+}
+
+/// Options of a read or write: nothing but its size is set.
+pub fn bdev_ext_io_opts() -> spdk_bdev_ext_io_opts {
+    // SAFETY: numbers and pointers only.
+    unsafe { filled(|opts: *mut spdk_bdev_ext_io_opts, size| (*opts).size = size) }
+}
+
+/// Options of a claim.
+pub fn bdev_claim_opts() -> spdk_bdev_claim_opts {
+    // SAFETY: numbers and characters only.
+    unsafe { filled(|opts, size| spdk_bdev_claim_opts_init(opts, size)) }
+}
+
+/// Options of opening a bdev.
+pub fn bdev_open_opts() -> spdk_bdev_open_opts {
+    // SAFETY: numbers and flags only.
+    unsafe { filled(|opts, size| spdk_bdev_open_opts_init(opts, size)) }
+}
+
+/// Options of an NVMe controller as the driver wants them.
+pub fn nvme_ctrlr_opts() -> spdk_nvme_ctrlr_opts {
+    // SAFETY: numbers, flags, characters and pointers only.
+    unsafe { filled(|opts, size| spdk_nvme_ctrlr_get_default_ctrlr_opts(opts, size)) }
+}
+
+/// Options of an NVMe controller as the bdev module wants them: reconnect, multipath, keys.
+pub fn bdev_nvme_ctrlr_opts() -> spdk_bdev_nvme_ctrlr_opts {
+    // SAFETY: numbers, flags and pointers only.
+    unsafe { filled(|opts, _| spdk_bdev_nvme_get_default_ctrlr_opts(opts)) }
+}
+
+/// Options of a namespace of the NVMe-oF target.
+pub fn nvmf_ns_opts() -> spdk_nvmf_ns_opts {
+    // SAFETY: numbers, flags and pointers only.
+    unsafe { filled(|opts, size| spdk_nvmf_ns_opts_get_defaults(opts, size)) }
+}
+
+/// Options of a listener of the NVMe-oF target.
+pub fn nvmf_listen_opts() -> spdk_nvmf_listen_opts {
+    // SAFETY: numbers, flags and pointers only.
+    unsafe { filled(|opts, size| spdk_nvmf_listen_opts_init(opts, size)) }
+}
+
+/// The request of which this is the module's context (the reverse of [`bdev_io_context`]).
+///
+/// # Safety
+///
+/// `context` is the context of a request that has not been completed.
+#[inline]
+pub unsafe fn bdev_io_from_context<T>(context: *mut T) -> *mut spdk_bdev_io {
+    // SAFETY: the context is a part of the request.
+    unsafe {
+        context
+            .byte_sub(offset_of!(spdk_bdev_io, driver_ctx))
+            .cast()
+    }
+}
+
+/// The module's own part of a request, as long as its `get_ctx_size` says.
+///
+/// # Safety
+///
+/// `io` has not been completed, and the module asked for room for a `T`.
+#[inline]
+pub unsafe fn bdev_io_context<T>(io: *mut spdk_bdev_io) -> *mut T {
+    // SAFETY: the context is a part of the request.
+    unsafe { (&raw mut (*io).driver_ctx).cast() }
+}
+
+/// The context of a channel, as its io_device's create function got it.
+///
+/// # Safety
+///
+/// `channel` is a reference that has not been put, and its io_device was registered with room for a `T`.
+#[inline]
+pub unsafe fn io_channel_context<T>(channel: *mut spdk_io_channel) -> *mut T {
+    // SAFETY: SPDK allocates the context behind the channel.
+    unsafe {
+        channel
+            .byte_add(SPDK_IO_CHANNEL_STRUCT_SIZE as usize)
+            .cast()
+    }
+}
+
+/// Calls a function on a thread: now, if this is it, else by message.
+///
+/// # Safety
+///
+/// `thread` lives, and `function` may be called there with `context`.
+pub unsafe fn thread_exec(
+    thread: *mut spdk_thread,
+    function: unsafe extern "C" fn(*mut c_void),
+    context: *mut c_void,
+) -> c_int {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if spdk_get_thread() == thread {
+            function(context);
+            return 0;
+        }
+        spdk_thread_send_msg(thread, Some(function), context)
+    }
+}
+
+/// True unless the command succeeded.
+#[inline]
+pub fn nvme_status_is_error(status: &spdk_nvme_status) -> bool {
+    status.sct() != 0 || status.sc() != 0
+}
+
+/// Dwords 2 and 3 of a command, which vendor commands use.
+#[inline]
+pub fn nvme_command_dwords_2_and_3(command: &spdk_nvme_cmd) -> [u32; 2] {
+    #[cfg(spdk_nvme_cmd_dwords)]
+    return [command.cdw2, command.cdw3];
+    #[cfg(not(spdk_nvme_cmd_dwords))]
+    return [command.rsvd2, command.rsvd3];
+}
+
+/// Sets dwords 2 and 3 of a command.
+#[inline]
+pub fn nvme_command_set_dwords_2_and_3(command: &mut spdk_nvme_cmd, dwords: [u32; 2]) {
+    #[cfg(spdk_nvme_cmd_dwords)]
+    {
+        [command.cdw2, command.cdw3] = dwords;
+    }
+    #[cfg(not(spdk_nvme_cmd_dwords))]
+    {
+        [command.rsvd2, command.rsvd3] = dwords;
+    }
+}
+
+/// What a bdev says of itself in flags: bits since 26.01, fields of their own before.
+pub struct BdevFlags {
+    pub split_on_optimal_io_boundary: bool,
+    pub split_on_write_unit: bool,
+    pub md_interleave: bool,
+    pub dif_is_head_of_md: bool,
+}
+
+impl BdevFlags {
+    /// What another bdev says.
+    pub fn of(bdev: &spdk_bdev) -> Self {
+        #[cfg(spdk_bdev_flag_bits)]
+        return Self {
+            split_on_optimal_io_boundary: bdev.__bindgen_anon_1.split_on_optimal_io_boundary() != 0,
+            split_on_write_unit: bdev.__bindgen_anon_1.split_on_write_unit() != 0,
+            md_interleave: bdev.__bindgen_anon_1.md_interleave() != 0,
+            dif_is_head_of_md: bdev.__bindgen_anon_1.dif_is_head_of_md() != 0,
+        };
+        #[cfg(not(spdk_bdev_flag_bits))]
+        return Self {
+            split_on_optimal_io_boundary: bdev.split_on_optimal_io_boundary,
+            split_on_write_unit: bdev.split_on_write_unit,
+            md_interleave: bdev.md_interleave,
+            dif_is_head_of_md: bdev.dif_is_head_of_md,
+        };
+    }
+
+    /// To be called before the bdev is registered.
+    pub fn set(&self, bdev: &mut spdk_bdev) {
+        #[cfg(spdk_bdev_flag_bits)]
+        {
+            let flags = &mut bdev.__bindgen_anon_1;
+            flags.set_split_on_optimal_io_boundary(self.split_on_optimal_io_boundary.into());
+            flags.set_split_on_write_unit(self.split_on_write_unit.into());
+            flags.set_md_interleave(self.md_interleave.into());
+            flags.set_dif_is_head_of_md(self.dif_is_head_of_md.into());
+        }
+        #[cfg(not(spdk_bdev_flag_bits))]
+        {
+            bdev.split_on_optimal_io_boundary = self.split_on_optimal_io_boundary;
+            bdev.split_on_write_unit = self.split_on_write_unit;
+            bdev.md_interleave = self.md_interleave;
+            bdev.dif_is_head_of_md = self.dif_is_head_of_md;
+        }
+    }
+}
+
+/// The identifier of a trace point: the number of a group and a number in it.
+pub const fn trace_point(group: u16, point: u16) -> u16 {
+    group * 64 + point
+}
+
+/// True if somebody wants to see a trace point. Nothing is recorded, and no argument is worth computing, where not.
+#[inline]
+pub fn trace_is_on(point: u16) -> bool {
+    // SAFETY: SPDK sets the pointer before the first subsystem starts and clears it after the last has ended. What it
+    // points to is shared memory in which other processes change whole words.
+    unsafe {
+        let file = g_trace_file;
+        if file.is_null() {
+            return false;
+        }
+        let group = usize::from(point >> 6);
+        #[cfg(spdk_trace_sections)]
+        let masks = {
+            let offset = (*file).section_offsets[SPDK_TRACE_SECTION_TPOINT_MASK as usize] as usize;
+            let section: *const spdk_trace_section_tpoint_mask = file.byte_add(offset).cast();
+            (&raw const (*section).tpoint_mask).cast::<u64>()
+        };
+        #[cfg(not(spdk_trace_sections))]
+        let masks = (&raw const (*file).tpoint_mask).cast::<u64>();
+        (masks.add(group).read_volatile() >> (point & 63)) & 1 != 0
+    }
+}
+
+/// Policies and selectors of bdev_nvme's multipath, whose names have changed.
+pub mod multipath {
+    use super::bindings;
+
+    #[cfg(spdk_multipath_names)]
+    pub use bindings::{
+        SPDK_BDEV_NVME_MULTIPATH_POLICY_ACTIVE_ACTIVE as ACTIVE_ACTIVE,
+        SPDK_BDEV_NVME_MULTIPATH_POLICY_ACTIVE_PASSIVE as ACTIVE_PASSIVE,
+        SPDK_BDEV_NVME_MULTIPATH_SELECTOR_QUEUE_DEPTH as QUEUE_DEPTH,
+        SPDK_BDEV_NVME_MULTIPATH_SELECTOR_ROUND_ROBIN as ROUND_ROBIN,
+    };
+
+    #[cfg(not(spdk_multipath_names))]
+    pub use bindings::{
+        BDEV_NVME_MP_POLICY_ACTIVE_ACTIVE as ACTIVE_ACTIVE,
+        BDEV_NVME_MP_POLICY_ACTIVE_PASSIVE as ACTIVE_PASSIVE,
+        BDEV_NVME_MP_SELECTOR_QUEUE_DEPTH as QUEUE_DEPTH,
+        BDEV_NVME_MP_SELECTOR_ROUND_ROBIN as ROUND_ROBIN,
+    };
+}
