@@ -16,7 +16,7 @@ pub enum Origin<H: Host> {
         io: H::PeerIo,
         slot: PeerSlot,
         session: u32,
-        /// For a command that changes data: its sequence.
+        /// For a write or a resync read: its sequence.
         sequence: Option<u64>,
     },
 }

@@ -9,6 +9,7 @@ use crate::engine::atomic_bits::AtomicBits;
 use crate::engine::duplicates::DuplicateWindow;
 use crate::engine::meta::superblock::AL_EXTENTS_MIN;
 use crate::engine::range_lock::RangeLock;
+use crate::host::PeerSlot;
 
 /// Bytes of a range lock granule.
 pub const GRANULE_BYTES: u64 = 4096;
@@ -18,6 +19,9 @@ pub const EXTENT_BYTES: u64 = 4 << 20;
 pub const MAX_TRANSFER_BYTES: u64 = 128 << 10;
 /// The longest unmap or write-zeroes, in bytes: what the activity log can always hold.
 pub const MAX_ZEROES_BYTES: u64 = 16 << 20;
+
+/// Resync reads of a peer that are remembered; far more than it has in flight.
+const RESYNC_READS: usize = 1024;
 
 // However it lies, it touches one extent more than it is long.
 const _: () = assert!(MAX_ZEROES_BYTES / EXTENT_BYTES < AL_EXTENTS_MIN as u64);
@@ -130,9 +134,12 @@ pub struct Shared {
     pub partial: AtomicBits,
     /// Per peer: granules that were read for its resync and not written since.
     pub served: [AtomicBits; MAX_PEERS],
-    /// Per peer: its commands in flight and applied.
+    /// Per peer: its writes in flight and applied.
     pub duplicates: [DuplicateWindow; MAX_PEERS],
+    /// Per peer: its resync reads in flight and served.
+    pub resync_reads: [DuplicateWindow; MAX_PEERS],
     sequence: AtomicU64,
+    control_sequences: [AtomicU64; MAX_PEERS],
 }
 
 impl Shared {
@@ -140,7 +147,7 @@ impl Shared {
         Self::with_window(geometry, DuplicateWindow::DEFAULT_CAPACITY)
     }
 
-    /// `commands`: how many of each peer's are remembered, a power of two; more than it has in flight.
+    /// `commands`: how many of each peer's writes are remembered, a power of two; more than it has in flight.
     pub fn with_window(geometry: VolumeGeometry, commands: usize) -> Self {
         let (bits, granules) = (geometry.bits(), geometry.granules());
         Self {
@@ -152,13 +159,21 @@ impl Shared {
             partial: AtomicBits::new(granules),
             served: std::array::from_fn(|_| AtomicBits::new(granules)),
             duplicates: std::array::from_fn(|_| DuplicateWindow::new(commands)),
+            resync_reads: std::array::from_fn(|_| DuplicateWindow::new(RESYNC_READS)),
             sequence: AtomicU64::new(0),
+            control_sequences: std::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 
     /// The next sequence of a write of this node.
     pub fn next_sequence(&self) -> u64 {
         self.sequence.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The number of the next command to a peer that is no write, whoever sends it. Numbers go on from session to
+    /// session: a command that was made for one never has the number of another one's.
+    pub fn next_control_sequence(&self, slot: PeerSlot) -> u64 {
+        self.control_sequences[slot].fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Tells a resync that pulls these blocks that a write has overtaken it. Called under the range lock.

@@ -425,15 +425,17 @@ impl<H: Host> Channel<H> {
             origin: Origin::Peer {
                 io, slot, sequence, ..
             },
+            kind,
             ..
         }) = self.take(index)
         {
             if let Some(sequence) = sequence {
-                let window = &self.shared.duplicates[slot];
-                if answer == PeerAnswer::Ok {
-                    window.applied(sequence);
-                } else {
-                    window.abandon(sequence);
+                let window = self.window(slot, kind);
+                match answer {
+                    PeerAnswer::Ok => window.applied(sequence),
+                    PeerAnswer::DiskError => window.failed(sequence),
+                    // Nothing was done: the same command may come again.
+                    _ => window.abandon(sequence),
                 }
             }
             cx.answer(io, answer);

@@ -196,11 +196,7 @@ impl<H: Host> Channel<H> {
         let Some(span) = Span::new(lba, blocks) else {
             return false;
         };
-        let mut ranges = [Range {
-            span,
-            tag: 0,
-            sequence: 0,
-        }; NOTICE_RANGES];
+        let mut ranges = [Range { span, sequence: 0 }; NOTICE_RANGES];
         for (range, &(lba, blocks)) in ranges.iter_mut().zip(&notices.queued) {
             if let Some(span) = Span::new(lba, blocks) {
                 range.span = span;
@@ -209,7 +205,7 @@ impl<H: Host> Channel<H> {
         let (count, len) = RangesBody::emit(&ranges[..count], buffer.as_mut());
         let command = PeerCommand::OutOfSync {
             session,
-            sequence: self.shared.next_sequence(),
+            sequence: self.shared.next_control_sequence(slot),
             len: len as u32,
         };
         let token = Self::token(TOKEN_NOTICE, slot);

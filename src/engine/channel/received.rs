@@ -3,7 +3,7 @@
 
 use super::Channel;
 use crate::engine::MAX_PEERS;
-use crate::engine::duplicates::Begin;
+use crate::engine::duplicates::{Begin, DuplicateWindow};
 use crate::engine::message::ToManager;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::{PeerCommand, WriteOrder};
@@ -68,7 +68,10 @@ impl<H: Host> Channel<H> {
             _ => return self.forward(cx, command, payload, io),
         };
         let (lba, blocks) = span.map_or((0, 0), |span| (span.lba(), span.blocks()));
-        let sequence = order.map(WriteOrder::sequence);
+        let sequence = match command {
+            PeerCommand::ResyncRead { sequence, .. } => Some(sequence),
+            _ => order.map(WriteOrder::sequence),
+        };
         let Some(slot) = self.sender(session) else {
             return Err((io, PeerAnswer::Fenced));
         };
@@ -79,9 +82,16 @@ impl<H: Host> Channel<H> {
             return Err((io, PeerAnswer::Busy));
         }
         if let Some(sequence) = sequence {
-            match self.shared.duplicates[slot].begin(sequence) {
+            let reads = kind == RequestKind::ResyncRead;
+            match self.window(slot, kind).begin(sequence) {
                 Begin::Fresh => {}
+                // Its data went with the first answer. Reading again would leave an entry in `served` that nothing
+                // takes back if a write has come meanwhile, so it has to be asked for anew.
+                Begin::Applied | Begin::TooOld if reads => {
+                    return Err((io, PeerAnswer::Duplicate));
+                }
                 Begin::Applied => return Err((io, PeerAnswer::Ok)),
+                Begin::Failed => return Err((io, PeerAnswer::DiskError)),
                 Begin::InFlight | Begin::Busy => return Err((io, PeerAnswer::Busy)),
                 Begin::TooOld => return Err((io, PeerAnswer::Fenced)),
             }
@@ -103,6 +113,15 @@ impl<H: Host> Channel<H> {
             self.advance(cx, index);
         }
         Ok(())
+    }
+
+    /// Where this peer's commands of this kind are known by their numbers.
+    pub(super) fn window(&self, slot: PeerSlot, kind: RequestKind) -> &DuplicateWindow {
+        if kind == RequestKind::ResyncRead {
+            &self.shared.resync_reads[slot]
+        } else {
+            &self.shared.duplicates[slot]
+        }
     }
 
     /// The peer whose current session this is.

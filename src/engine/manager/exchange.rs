@@ -43,7 +43,7 @@ impl<H: Host> Manager<H> {
             return self.send_bitmap_body(slot, body, Call::Bitmap);
         }
         let bits_set = self.masters[slot].count();
-        let sequence = self.peers[slot].outbox.next_sequence();
+        let sequence = self.shared.next_control_sequence(slot);
         let command = PeerCommand::BitmapEnd {
             session: self.peers[slot].session,
             sequence,
@@ -65,7 +65,7 @@ impl<H: Host> Manager<H> {
     }
 
     pub(super) fn send_bitmap_body(&mut self, slot: PeerSlot, body: Vec<u8>, call: Call) {
-        let sequence = self.peers[slot].outbox.next_sequence();
+        let sequence = self.shared.next_control_sequence(slot);
         let command = PeerCommand::BitmapOr {
             session: self.peers[slot].session,
             sequence,
@@ -184,7 +184,7 @@ impl<H: Host> Manager<H> {
             bits_set: self.masters[slot].count(),
             full: outcome == Some(Outcome::SyncSource { full: true }),
         };
-        let sequence = self.peers[slot].outbox.next_sequence();
+        let sequence = self.shared.next_control_sequence(slot);
         let command = PeerCommand::SyncStart {
             session: self.peers[slot].session,
             sequence,

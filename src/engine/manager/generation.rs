@@ -90,7 +90,7 @@ impl<H: Host> Manager<H> {
         for slot in 0..MAX_PEERS {
             if needed && missing & (1 << slot) == 0 && self.view.peers[slot].has_latest() {
                 self.generation.waiting |= 1 << slot;
-                let sequence = self.peers[slot].outbox.next_sequence();
+                let sequence = self.shared.next_control_sequence(slot);
                 let command = PeerCommand::NewGeneration {
                     session: self.peers[slot].session,
                     sequence,

@@ -4,13 +4,15 @@
 //! Every flow is a chain of [`Then`]s: what to do when all channels have adopted, handed over or drained something,
 //! when metadata is durable, or when a peer has answered. A chain that belongs to a session dies with its epoch.
 //!
-//! `steps` counts channels in; `metadata` writes; `session` connects; `exchange` and `source` resync from here, `pull`
+//! `steps` counts channels in; `metadata` writes; `session` connects, by a `handshake`; `exchange` and `source` resync from here, `pull`
 //! to here; `generation` starts generations; `received` is what the nodes of a session tell
-//! each other; `orders` are the operator's, of which `promote` has to be agreed; `report` is what they see.
+//! each other, each once, which `known` sees to; `orders` are the operator's, of which `promote` has to be agreed; `report` is what they see.
 
 mod disk;
 mod exchange;
 mod generation;
+mod handshake;
+mod known;
 mod metadata;
 mod orders;
 mod outbox;
@@ -83,6 +85,8 @@ struct Reply<H: Host> {
     io: H::PeerIo,
     /// The peer whose session it belongs to; when that ends so does the wait.
     slot: Option<PeerSlot>,
+    /// The number by which it is known in that session, if it is the first with it.
+    sequence: Option<u64>,
 }
 
 /// One volume's manager.
@@ -117,6 +121,9 @@ pub struct Manager<H: Host> {
     /// The activity logs' last sequences, for channels that start.
     log_sequences: Vec<u64>,
     revision: u64,
+    /// The parts of the next nonce: random, one for as long as this runs, and a count.
+    hello_start: u32,
+    hello_count: u32,
     /// A Primary with a disk that was attached again holds I/O until a peer is there, or until then.
     reattach_until_ns: Option<u64>,
     closing: bool,
@@ -153,6 +160,8 @@ impl<H: Host> Manager<H> {
             unclean: false,
             log_sequences: Vec::new(),
             revision: 0,
+            hello_start: 0,
+            hello_count: 0,
             reattach_until_ns: None,
             closing: false,
             superblock,
@@ -350,16 +359,27 @@ impl<H: Host> Manager<H> {
     }
 
     fn hold_reply(&mut self, channel: ChannelId, io: H::PeerIo) -> usize {
-        let slot = None;
         self.next_reply += 1;
-        self.replies
-            .insert(self.next_reply, Reply { channel, io, slot });
+        let reply = Reply {
+            channel,
+            io,
+            slot: None,
+            sequence: None,
+        };
+        self.replies.insert(self.next_reply, reply);
         self.next_reply
     }
 
+    /// Answers a received command, and whoever has joined it.
     fn answer(&mut self, cx: &mut H, reply: usize, answer: PeerAnswer) {
-        if let Some(Reply { channel, io, .. }) = self.replies.remove(&reply) {
-            cx.to_channel(channel, ToChannel::Answer(io, answer));
+        let Some(reply) = self.replies.remove(&reply) else {
+            return;
+        };
+        cx.to_channel(reply.channel, ToChannel::Answer(reply.io, answer));
+        if let (Some(slot), Some(sequence)) = (reply.slot, reply.sequence) {
+            for joined in self.peers[slot].known.answered(sequence, answer) {
+                self.answer(cx, joined, answer);
+            }
         }
     }
 

@@ -305,6 +305,7 @@ impl<H: Host> Manager<H> {
             if self.peers[slot].established {
                 let command = PeerCommand::Goodbye {
                     session: self.peers[slot].session,
+                    sequence: self.shared.next_control_sequence(slot),
                     outdate: self.view.role == Role::Primary && !self.closing,
                 };
                 self.call(slot, command, Vec::new(), Call::Goodbye);

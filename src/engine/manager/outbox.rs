@@ -40,7 +40,6 @@ pub(super) enum Call {
 pub(super) struct Outbox {
     queue: VecDeque<(PeerCommand, Vec<u8>, Call)>,
     pub(super) in_flight: u32,
-    sequence: u64,
 }
 
 impl Outbox {
@@ -51,13 +50,6 @@ impl Outbox {
     pub(super) fn clear(&mut self) {
         self.queue.clear();
         self.in_flight = 0;
-        self.sequence = 0;
-    }
-
-    /// The number of the session's next command that changes something.
-    pub(super) fn next_sequence(&mut self) -> u64 {
-        self.sequence += 1;
-        self.sequence
     }
 }
 
@@ -170,6 +162,7 @@ impl<H: Host> Manager<H> {
             Call::SyncStart => self.target_started(cx, slot),
             Call::FinishAsk => self.finish_agreed(cx, slot),
             Call::FinishDurable => self.finish_ended(cx, slot),
+            Call::ResyncDone => self.reported(slot),
             Call::Generation(round) => self.generation_taken(cx, slot, round),
             Call::MoreBits(Some(reply)) => self.answer(cx, reply, PeerAnswer::Again),
             _ => {}

@@ -1,5 +1,6 @@
 //! What the manager knows of one peer.
 
+use super::known::{KnownCommands, KnownHellos};
 use super::outbox::{Call, Outbox};
 use crate::engine::peer::body::StateBody;
 use crate::engine::peer::handshake::Decision;
@@ -51,6 +52,8 @@ pub(super) struct Peer {
     pub(super) my_hello: Option<Hello>,
     pub(super) hello: Asked,
     pub(super) their_hello: Option<Hello>,
+    /// Which Hellos it has put so far, in whatever session.
+    pub(super) hellos: KnownHellos,
     pub(super) session: u32,
     /// Every channel accepts the session.
     pub(super) receivable: bool,
@@ -63,12 +66,15 @@ pub(super) struct Peer {
     /// The peer's current generation as it last told.
     pub(super) current_generation: u64,
     pub(super) state_revision: u64,
-    pub(super) promoting: bool,
+    /// The transaction by which it is being promoted.
+    pub(super) promoting: Option<u64>,
     pub(super) exchange: Option<Exchange>,
     pub(super) resync_total_bits: u64,
     pub(super) resync_started_ns: u64,
     pub(super) paused_by_peer: bool,
     pub(super) outbox: Outbox,
+    /// What the session has brought so far.
+    pub(super) known: KnownCommands,
     /// To be asked again at this time.
     pub(super) again: Option<(Call, u64)>,
     /// The peer's state, if it told it before we had entered the session's.
@@ -95,6 +101,7 @@ impl Peer {
             my_hello: None,
             hello: Asked::No,
             their_hello: None,
+            hellos: KnownHellos::default(),
             session: 0,
             receivable: false,
             confirm: Asked::No,
@@ -104,12 +111,13 @@ impl Peer {
             role: Role::Unknown,
             current_generation: 0,
             state_revision: 0,
-            promoting: false,
+            promoting: None,
             exchange: None,
             resync_total_bits: 0,
             resync_started_ns: 0,
             paused_by_peer: false,
             outbox: Outbox::default(),
+            known: KnownCommands::default(),
             again: None,
             early_state: None,
             ping_sent_ns: 0,

@@ -42,7 +42,7 @@ impl<H: Host> Manager<H> {
             .collect();
         let refusal = can_promote(self.view.disk, peers, force).err();
         let order = self.orders.iter_mut().find(|order| order.id == id)?;
-        let promoting = self.peers.iter().any(|peer| peer.promoting);
+        let promoting = self.peers.iter().any(|peer| peer.promoting.is_some());
         match refusal {
             Some(
                 PromoteRefusal::HandshakeInProgress { .. }
@@ -62,6 +62,7 @@ impl<H: Host> Manager<H> {
             if waiting & (1 << slot) != 0 {
                 let command = PeerCommand::Prepare {
                     session: self.peers[slot].session,
+                    sequence: self.shared.next_control_sequence(slot),
                     len: PrepareBody::BYTES as u32,
                 };
                 let body = self.prepare_body(id).emit().to_vec();
@@ -101,18 +102,32 @@ impl<H: Host> Manager<H> {
         {
             PeerAnswer::Refused(1)
         } else {
-            self.peers[slot].promoting = true;
+            self.peers[slot].promoting = Some(body.transaction);
             PeerAnswer::Ok
         };
         // Whatever the peer has told before is in every channel when it becomes Primary.
         self.adopt(cx, Then::Answer(reply, answer));
     }
 
-    pub(super) fn prepared(&mut self, cx: &mut H, slot: PeerSlot, id: OrderId, answer: PeerAnswer) {
-        let Some(order) = self.orders.iter_mut().find(|order| order.id == id) else {
-            return;
+    /// The promotion was given up. Only this one: a later one may have been agreed on before this arrives.
+    pub(super) fn received_abort(&mut self, cx: &mut H, slot: PeerSlot, body: &[u8], reply: usize) {
+        let Ok(body) = PrepareBody::parse(body) else {
+            return self.answer(cx, reply, PeerAnswer::Malformed);
         };
-        let Work::Promoting { waiting, .. } = &mut order.work else {
+        let promoting = &mut self.peers[slot].promoting;
+        if *promoting == Some(body.transaction) {
+            *promoting = None;
+        }
+        self.answer(cx, reply, PeerAnswer::Ok);
+    }
+
+    pub(super) fn prepared(&mut self, cx: &mut H, slot: PeerSlot, id: OrderId, answer: PeerAnswer) {
+        let order = self.orders.iter_mut().find(|order| order.id == id);
+        let Some(Work::Promoting { waiting, .. }) = order.map(|order| &mut order.work) else {
+            // Given up meanwhile.
+            if answer.is_applied() {
+                self.send_abort(slot, id);
+            }
             return;
         };
         *waiting &= !(1 << slot);
@@ -128,24 +143,28 @@ impl<H: Host> Manager<H> {
         }
     }
 
+    /// Takes back what peers have agreed to. Who has not answered yet is told then: an Abort must not arrive before
+    /// its Prepare, which a transport may send again.
     pub(super) fn abort_prepared(&mut self, id: OrderId) {
-        if !self
-            .orders
-            .iter()
-            .any(|order| order.id == id && matches!(order.work, Work::Promoting { .. }))
-        {
+        let order = self.orders.iter().find(|order| order.id == id);
+        let Some(&Work::Promoting { waiting, .. }) = order.map(|order| &order.work) else {
             return;
-        }
+        };
         for slot in 0..MAX_PEERS {
-            if self.peers[slot].established {
-                let command = PeerCommand::Abort {
-                    session: self.peers[slot].session,
-                    len: PrepareBody::BYTES as u32,
-                };
-                let body = self.prepare_body(id).emit().to_vec();
-                self.call(slot, command, body, Call::Abort);
+            if self.peers[slot].established && waiting & (1 << slot) == 0 {
+                self.send_abort(slot, id);
             }
         }
+    }
+
+    fn send_abort(&mut self, slot: PeerSlot, id: OrderId) {
+        let command = PeerCommand::Abort {
+            session: self.peers[slot].session,
+            sequence: self.shared.next_control_sequence(slot),
+            len: PrepareBody::BYTES as u32,
+        };
+        let body = self.prepare_body(id).emit().to_vec();
+        self.call(slot, command, body, Call::Abort);
     }
 
     pub(super) fn order_lost_peer(&mut self, cx: &mut H, slot: PeerSlot) {

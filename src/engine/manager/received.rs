@@ -1,6 +1,7 @@
 //! What the nodes of a session tell each other about themselves, and what a command of a session leads to.
 
 use super::Manager;
+use super::known::Known;
 use super::outbox::Call;
 use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
@@ -43,7 +44,7 @@ impl<H: Host> Manager<H> {
             promotion_epoch: 0,
             bits_set: self.masters[slot].count(),
         };
-        let sequence = self.peers[slot].outbox.next_sequence();
+        let sequence = self.shared.next_control_sequence(slot);
         let command = PeerCommand::StatePut {
             session: self.peers[slot].session,
             sequence,
@@ -72,8 +73,20 @@ impl<H: Host> Manager<H> {
             return self.answer(cx, reply, PeerAnswer::Fenced);
         };
         self.peers[slot].heard_ns = cx.now_ns();
+        let sequence = command.control_sequence();
         if let Some(held) = self.replies.get_mut(&reply) {
             held.slot = Some(slot);
+        }
+        if let Some(sequence) = sequence {
+            match self.peers[slot].known.begin(sequence, reply) {
+                Known::New => {}
+                Known::Joined => return,
+                Known::Answered(answer) => return self.answer(cx, reply, answer),
+                Known::TooOld => return self.answer(cx, reply, PeerAnswer::Fenced),
+            }
+            if let Some(held) = self.replies.get_mut(&reply) {
+                held.sequence = Some(sequence);
+            }
         }
         match command {
             PeerCommand::Ping { .. } => self.answer(cx, reply, PeerAnswer::Ok),
@@ -89,10 +102,7 @@ impl<H: Host> Manager<H> {
             PeerCommand::NewGeneration { .. } => self.received_generation(cx, slot, body, reply),
             PeerCommand::Prepare { .. } => self.received_prepare(cx, slot, body, reply),
             PeerCommand::Commit { .. } => self.answer(cx, reply, PeerAnswer::Ok),
-            PeerCommand::Abort { .. } => {
-                self.peers[slot].promoting = false;
-                self.answer(cx, reply, PeerAnswer::Ok);
-            }
+            PeerCommand::Abort { .. } => self.received_abort(cx, slot, body, reply),
             PeerCommand::Goodbye { outdate, .. } => self.received_goodbye(cx, slot, outdate, reply),
             _ => self.answer(cx, reply, PeerAnswer::Malformed),
         }
@@ -107,7 +117,10 @@ impl<H: Host> Manager<H> {
             self.take_state(cx, slot, body);
         } else {
             // It is ahead of us in the handshake.
-            self.peers[slot].early_state = Some(body);
+            let early = &mut self.peers[slot].early_state;
+            if early.is_none_or(|earlier| earlier.revision < body.revision) {
+                *early = Some(body);
+            }
         }
     }
 
@@ -118,7 +131,7 @@ impl<H: Host> Manager<H> {
         }
         peer.state_revision = body.revision;
         peer.role = body.role;
-        peer.promoting = false;
+        peer.promoting = None;
         peer.current_generation = body.current_generation;
         peer.paused_by_peer = body.resync_paused;
         if body.role == Role::Primary && self.view.role == Role::Primary {

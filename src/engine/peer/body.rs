@@ -109,9 +109,6 @@ impl StateBody {
 pub struct Range {
     /// The blocks.
     pub span: Span,
-    /// ResyncDone: the tag of the ResyncRead that fetched them, so that a late notice does not clear what
-    /// was served again since. OutOfSync: 0.
-    pub tag: u32,
     /// OutOfSync: the sequence of the write that this stands for, so that the frontier has no gap; 0 where
     /// it stands for none. ResyncDone: 0.
     pub sequence: u64,
@@ -154,7 +151,7 @@ impl<'a> RangesBody<'a> {
             let fields = FieldWriter::<24>::default()
                 .u64(range.span.lba())
                 .u32(range.span.blocks())
-                .u32(range.tag)
+                .u32(0)
                 .u64(range.sequence)
                 .finish(24);
             entry.copy_from_slice(&fields);
@@ -183,9 +180,9 @@ impl<'a> RangesBody<'a> {
         let lba = fields.u64()?;
         let blocks = fields.u32()?;
         let span = Span::new(lba, blocks).ok_or_else(|| fields.bad_value("lba", lba))?;
+        fields.zeroes::<4>("reserved")?;
         Ok(Range {
             span,
-            tag: fields.u32()?,
             sequence: fields.u64()?,
         })
     }
@@ -419,13 +416,10 @@ mod tests {
     }
 
     fn range() -> impl Strategy<Value = Range> {
-        (0..LBA_LIMIT - 5000, 1..5000u32, any::<u32>(), any::<u64>()).prop_map(
-            |(lba, blocks, tag, sequence)| Range {
-                span: Span::new(lba, blocks).unwrap(),
-                tag,
-                sequence,
-            },
-        )
+        (0..LBA_LIMIT - 5000, 1..5000u32, any::<u64>()).prop_map(|(lba, blocks, sequence)| Range {
+            span: Span::new(lba, blocks).unwrap(),
+            sequence,
+        })
     }
 
     proptest! {
@@ -487,7 +481,6 @@ mod tests {
         (0..count as u64)
             .map(|n| Range {
                 span: Span::new(n * 8, 8).unwrap(),
-                tag: n as u32,
                 sequence: n,
             })
             .collect()

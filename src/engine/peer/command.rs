@@ -28,9 +28,9 @@ pub enum FinishPhase {
 
 /// A command from one node's engine to a peer's.
 ///
-/// `len` is the data length in bytes. `sequence` of a command other than a write is the sender's count of
-/// such commands in the session, starting at 1: with the session it names the command, so that one that
-/// the transport delivers twice is applied once.
+/// `len` is the data length in bytes. `sequence` of a command other than a write or a flush is the sender's
+/// count of such commands: with the session it names the command, so that one that the transport delivers
+/// twice is carried out once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PeerCommand {
     /// Puts the sender's [`Hello`](super::hello::Hello).
@@ -75,12 +75,12 @@ pub enum PeerCommand {
     },
     /// Makes durable what was applied; answered after everything up to write sequence `sequence` is.
     Flush { session: u32, sequence: u64 },
-    /// A sync target reads. `tag` names this serving of the range in the ResyncDone that follows.
+    /// A sync target reads.
     ResyncRead {
         session: u32,
         span: Span,
         must_include: u64,
-        tag: u32,
+        sequence: u64,
     },
     /// A [`RangesBody`](super::body::RangesBody) that the target has on its disk.
     ResyncDone {
@@ -126,14 +126,30 @@ pub enum PeerCommand {
         len: u32,
     },
     /// First phase of a cluster change, a [`PrepareBody`](super::body::PrepareBody).
-    Prepare { session: u32, len: u32 },
+    Prepare {
+        session: u32,
+        sequence: u64,
+        len: u32,
+    },
     /// Second phase; the same body.
-    Commit { session: u32, len: u32 },
+    Commit {
+        session: u32,
+        sequence: u64,
+        len: u32,
+    },
     /// Takes a Prepare back; the same body.
-    Abort { session: u32, len: u32 },
+    Abort {
+        session: u32,
+        sequence: u64,
+        len: u32,
+    },
     /// The sender disconnects by request. `outdate`: it is Primary and goes on, so the receiver's data
     /// is Outdated from here.
-    Goodbye { session: u32, outdate: bool },
+    Goodbye {
+        session: u32,
+        sequence: u64,
+        outdate: bool,
+    },
 }
 
 /// Why a command is not one of ours.
@@ -253,19 +269,34 @@ impl PeerCommand {
         }
     }
 
-    /// Whether it changes data, bitmap, metadata or state at the receiver, which must then apply it once.
-    /// (Hellos and Confirm are the same however often they arrive.)
-    pub const fn mutates(&self) -> bool {
-        !matches!(
-            self,
+    /// The number by which the receiver's manager knows a command that changes bitmap, metadata or state, and
+    /// carries it out once. `None` for what its channels do (they know writes and resync reads by numbers of
+    /// their own) and for what is the same however often it arrives. (Hellos are numbered by their nonces.)
+    pub const fn control_sequence(&self) -> Option<u64> {
+        match *self {
+            PeerCommand::StatePut { sequence, .. }
+            | PeerCommand::ResyncDone { sequence, .. }
+            | PeerCommand::OutOfSync { sequence, .. }
+            | PeerCommand::BitmapOr { sequence, .. }
+            | PeerCommand::BitmapEnd { sequence, .. }
+            | PeerCommand::SyncStart { sequence, .. }
+            | PeerCommand::SyncFinish { sequence, .. }
+            | PeerCommand::NewGeneration { sequence, .. }
+            | PeerCommand::Prepare { sequence, .. }
+            | PeerCommand::Commit { sequence, .. }
+            | PeerCommand::Abort { sequence, .. }
+            | PeerCommand::Goodbye { sequence, .. } => Some(sequence),
             PeerCommand::HelloPut { .. }
-                | PeerCommand::HelloGet { .. }
-                | PeerCommand::Confirm { .. }
-                | PeerCommand::Ping { .. }
-                | PeerCommand::Read { .. }
-                | PeerCommand::Flush { .. }
-                | PeerCommand::ResyncRead { .. }
-        )
+            | PeerCommand::HelloGet { .. }
+            | PeerCommand::Confirm { .. }
+            | PeerCommand::Ping { .. }
+            | PeerCommand::Write { .. }
+            | PeerCommand::WriteZeroes { .. }
+            | PeerCommand::Unmap { .. }
+            | PeerCommand::Read { .. }
+            | PeerCommand::Flush { .. }
+            | PeerCommand::ResyncRead { .. } => None,
+        }
     }
 
     /// Which way its data goes, as opcode bits 1:0 say.

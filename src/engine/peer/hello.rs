@@ -82,7 +82,7 @@ pub struct Hello {
     pub history: [u64; HISTORY_LEN],
     /// Bits set in the bitmap that the sender keeps for the receiver.
     pub dirty_bits: u64,
-    /// Random; never 0.
+    /// As [`nonce`] makes it; never 0.
     pub nonce: u64,
     /// Largest transfer in one command that the sender takes.
     pub max_transfer_bytes: u32,
@@ -413,6 +413,17 @@ pub fn negotiate(mine: &Hello, theirs: &Hello) -> Result<Negotiated, Incompatibl
         in_capsule_bytes: mine.in_capsule_bytes.min(theirs.in_capsule_bytes),
         credits: mine.credits.min(theirs.credits),
     })
+}
+
+/// The nonce of a Hello: `start`, random and not 0, one for each start of a volume, and a count of the Hellos since.
+/// So a receiver knows which of two is the later one.
+pub const fn nonce(start: u32, count: u32) -> u64 {
+    (start as u64) << 32 | count as u64
+}
+
+/// The start and the count of a nonce.
+pub const fn nonce_parts(nonce: u64) -> (u32, u32) {
+    ((nonce >> 32) as u32, nonce as u32)
 }
 
 /// The id of the session of two nonces, whichever is whose; never 0.

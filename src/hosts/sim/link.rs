@@ -48,7 +48,12 @@ impl Link {
 
 /// A received command: where its answer goes.
 pub struct PeerIo {
+    /// The sender's number for it.
     pub command: u64,
+    /// The number of this arrival; a command may arrive more than once.
+    pub arrival: u64,
+    /// Its answer does not get through.
+    pub answer_lost: bool,
     pub from: usize,
     pub from_incarnation: u64,
     pub link: u64,
@@ -68,5 +73,25 @@ pub struct Transit {
     pub data: Vec<u8>,
     /// Bytes of data, in either direction.
     pub data_len: u32,
+    /// It has been delivered before, or got lost before.
+    pub repeated: bool,
     pub io: PeerIo,
+}
+
+impl Transit {
+    /// The same command once more.
+    pub fn again(&self, arrival: u64, core: usize) -> Transit {
+        Transit {
+            data: self.data.clone(),
+            repeated: true,
+            core,
+            io: PeerIo {
+                arrival,
+                answer_lost: false,
+                response: None,
+                ..self.io
+            },
+            ..*self
+        }
+    }
 }

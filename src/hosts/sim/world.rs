@@ -4,6 +4,7 @@
 mod application;
 mod deliver;
 mod faults;
+mod repeat;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -51,6 +52,8 @@ pub struct Config {
     pub command_window: usize,
     /// Chance in percent that a node is out of a resource when it asks.
     pub scarcity_percent: u64,
+    /// Chance in percent that the transport delivers a command again, or late.
+    pub repeat_percent: u64,
 }
 
 impl Default for Config {
@@ -65,6 +68,7 @@ impl Default for Config {
             volatile_caches: false,
             command_window: DuplicateWindow::DEFAULT_CAPACITY,
             scarcity_percent: 0,
+            repeat_percent: 0,
         }
     }
 }
@@ -150,6 +154,7 @@ pub struct World {
     /// Commands that are delivered when the test says so: opcode, and what was caught.
     pub(super) catching: Option<u8>,
     pub(super) caught: Vec<Event>,
+    repeats: repeat::Repeats,
     /// What happened, for a test that replays it: node and event.
     pub(super) recording: Option<Vec<(usize, Recorded)>>,
 }
@@ -179,6 +184,7 @@ impl World {
             orders: Vec::new(),
             catching: None,
             caught: Vec::new(),
+            repeats: repeat::Repeats::default(),
             recording: None,
         }
     }

@@ -22,7 +22,7 @@ const APPLIED_NODES_SHIFT: u32 = 8;
 /// | 2 | CDW10 | LBA bits 47:32 in bits 15:0, flags in bits 31:16 |
 /// | 3 | CDW11 | blocks, or data length in bytes |
 /// | 4, 5 | CDW12, CDW13 | sequence bits 31:0, 63:32 |
-/// | 6, 7 | CDW14, CDW15 | distances (all-applied, dependency), or a count, or a tag |
+/// | 6, 7 | CDW14, CDW15 | distances (all-applied, dependency), or a count, or a read's own sequence |
 #[derive(Clone, Copy, Default)]
 struct Fields {
     session: u32,
@@ -101,9 +101,17 @@ impl Fields {
         })
     }
 
+    fn last_as_one(&self) -> u64 {
+        u64::from(self.last[0]) | u64::from(self.last[1]) << 32
+    }
+
     fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
     }
+}
+
+fn halves(value: u64) -> [u32; 2] {
+    [value as u32, (value >> 32) as u32]
 }
 
 fn flag(set: bool, flag: u16) -> u16 {
@@ -155,6 +163,21 @@ impl PeerCommand {
                 session,
                 sequence,
                 len,
+            }
+            | PeerCommand::Prepare {
+                session,
+                sequence,
+                len,
+            }
+            | PeerCommand::Commit {
+                session,
+                sequence,
+                len,
+            }
+            | PeerCommand::Abort {
+                session,
+                sequence,
+                len,
             } => body(session, sequence, len),
             PeerCommand::SyncFinish {
                 session,
@@ -165,9 +188,6 @@ impl PeerCommand {
                 flags: flag(phase == FinishPhase::Durable, FLAG_FINISH_DURABLE),
                 ..body(session, sequence, len)
             },
-            PeerCommand::Prepare { session, len }
-            | PeerCommand::Commit { session, len }
-            | PeerCommand::Abort { session, len } => body(session, 0, len),
             PeerCommand::Write {
                 session,
                 span,
@@ -203,10 +223,10 @@ impl PeerCommand {
                 session,
                 span,
                 must_include,
-                tag,
+                sequence,
             } => Fields {
                 sequence: must_include,
-                last: [tag, 0],
+                last: halves(sequence),
                 ..only(session)
             }
             .with_span(span),
@@ -220,11 +240,16 @@ impl PeerCommand {
                 bits_set,
             } => Fields {
                 sequence,
-                last: [bits_set as u32, (bits_set >> 32) as u32],
+                last: halves(bits_set),
                 ..only(session)
             },
-            PeerCommand::Goodbye { session, outdate } => Fields {
+            PeerCommand::Goodbye {
+                session,
+                sequence,
+                outdate,
+            } => Fields {
                 flags: flag(outdate, FLAG_OUTDATE),
+                sequence,
                 ..only(session)
             },
         };
@@ -333,7 +358,7 @@ impl PeerCommand {
                 session,
                 span: fields.span(op)?,
                 must_include: sequence,
-                tag: fields.last[0],
+                sequence: fields.last_as_one(),
             },
             opcode::RESYNC_DONE => PeerCommand::ResyncDone {
                 session,
@@ -353,7 +378,7 @@ impl PeerCommand {
             opcode::BITMAP_END => PeerCommand::BitmapEnd {
                 session,
                 sequence,
-                bits_set: u64::from(fields.last[0]) | u64::from(fields.last[1]) << 32,
+                bits_set: fields.last_as_one(),
             },
             opcode::SYNC_START => PeerCommand::SyncStart {
                 session,
@@ -379,11 +404,24 @@ impl PeerCommand {
                 sequence,
                 len,
             },
-            opcode::PREPARE => PeerCommand::Prepare { session, len },
-            opcode::COMMIT => PeerCommand::Commit { session, len },
-            opcode::ABORT => PeerCommand::Abort { session, len },
+            opcode::PREPARE => PeerCommand::Prepare {
+                session,
+                sequence,
+                len,
+            },
+            opcode::COMMIT => PeerCommand::Commit {
+                session,
+                sequence,
+                len,
+            },
+            opcode::ABORT => PeerCommand::Abort {
+                session,
+                sequence,
+                len,
+            },
             opcode::GOODBYE => PeerCommand::Goodbye {
                 session,
+                sequence,
                 outdate: fields.has(FLAG_OUTDATE),
             },
             unknown => return Err(CommandError::UnknownOpcode(unknown)),

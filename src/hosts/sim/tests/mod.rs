@@ -5,5 +5,6 @@ mod cluster;
 mod disk;
 mod link;
 mod orders;
+mod repeat;
 mod soak;
 mod torn;

@@ -189,6 +189,7 @@ fn random_orders(seed: u64) {
         cores: 1 + (seed % 2) as usize,
         al_extents: 8,
         scarcity_percent: seed % 3 * 2,
+        repeat_percent: seed / 2 % 3 * 5,
         ..Config::default()
     };
     let mut world = World::clean_cluster(seed, config);

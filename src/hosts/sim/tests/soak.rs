@@ -45,6 +45,7 @@ pub fn shaped(seed: u64, volatile_caches: bool) -> World {
             .map(|_| granularities[shape.below(4) as usize])
             .collect(),
         scarcity_percent: [0, 0, 5][shape.below(3) as usize],
+        repeat_percent: [0, 3, 20][shape.below(3) as usize],
         ..Config::default()
     };
     World::clean_cluster(seed, config)

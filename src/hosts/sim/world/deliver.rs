@@ -21,7 +21,9 @@ impl World {
             incarnation,
             what,
         } = event;
-        if self.nodes[node].incarnation != incarnation {
+        // A transport that repeats a command does so on whatever connection it has by then.
+        let repeated = matches!(&what, What::Arrived(transit) if transit.repeated);
+        if self.nodes[node].incarnation != incarnation && !repeated {
             return;
         }
         match what {
@@ -129,8 +131,11 @@ impl World {
                     words,
                     data: sent,
                     data_len: data_len as u32,
+                    repeated: false,
                     io: PeerIo {
                         command,
+                        arrival: command,
+                        answer_lost: false,
                         from: node,
                         from_incarnation: incarnation,
                         link: self.nodes[node].links[slot].id,
@@ -142,14 +147,7 @@ impl World {
                 let last = &mut self.nodes[node].links[slot].last_arrival_ns[core];
                 let at_ns = (self.now_ns + delay_ns).max(*last + 1);
                 *last = at_ns;
-                self.schedule(
-                    at_ns,
-                    Event {
-                        node: target,
-                        incarnation: transit.to_incarnation,
-                        what: What::Arrived(Box::new(transit)),
-                    },
-                );
+                self.send(transit, at_ns);
             }
             Action::Finish(id, status) => self.finished(id, status),
             Action::Answer(io, answer) => self.answered(node, io, answer),
@@ -318,6 +316,7 @@ impl World {
 
     fn arrived(&mut self, node: usize, mut transit: Transit) {
         let incarnation = transit.to_incarnation;
+        self.keep(&mut transit);
         if self.catching == Some(transit.opcode) {
             self.caught.push(Event {
                 node,
@@ -343,7 +342,7 @@ impl World {
         self.note(node, || {
             format!(
                 "from {} as {}: {command:?}",
-                transit.from, transit.io.command
+                transit.from, transit.io.arrival
             )
         });
         let payload = match data_direction(op) {
@@ -357,18 +356,18 @@ impl World {
             }
             _ => None,
         };
-        self.nodes[node].unanswered.insert(transit.io.command, op);
+        self.nodes[node].unanswered.insert(transit.io.arrival, op);
         self.with_channel(node, transit.core, |channel, cx| {
             channel.received(cx, command, payload, transit.io);
         });
     }
 
     fn answered(&mut self, node: usize, io: PeerIo, answer: PeerAnswer) {
-        let known = self.nodes[node].unanswered.remove(&io.command);
+        let known = self.nodes[node].unanswered.remove(&io.arrival);
         let Some(op) = known else {
-            panic!("command {} was answered twice", io.command);
+            panic!("command {} was answered twice", io.arrival);
         };
-        self.note(node, || format!("answers {}: {answer:?}", io.command));
+        self.note(node, || format!("answers {}: {answer:?}", io.arrival));
         self.fenced += u64::from(answer == PeerAnswer::Fenced);
         let answer = PeerAnswer::from_dword0(answer.to_dword0());
         let data = match (&io.response, answer) {
@@ -377,6 +376,9 @@ impl World {
         };
         if op == opcode::RESYNC_READ {
             self.resynced_bytes += data.as_ref().map_or(0, |data| data.len() as u64);
+        }
+        if io.answer_lost {
+            return;
         }
         let event = Event {
             node: io.from,

@@ -1,0 +1,396 @@
+//! From a link that is up to a session: both nodes put their Hello, compute the same decision, have all channels accept
+//! the session's commands, confirm, and enter the decided state. Called by `session`, which also ends what begins here.
+
+use super::Manager;
+use super::outbox::Call;
+use super::peer::{Asked, Link};
+use super::steps::{SessionStep, Then};
+use crate::engine::MAX_PEERS;
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::command::PeerCommand;
+use crate::engine::peer::handshake::{Decision, Outcome, decide};
+use crate::engine::peer::hello::{
+    self, Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
+};
+use crate::engine::peer::state::{ConnState, DiskState, PeerState, Role};
+use crate::engine::volume::MAX_TRANSFER_BYTES;
+use crate::host::{Host, PeerSlot};
+
+/// Between two attempts at a question that was answered "not yet".
+const ASK_AGAIN_NS: u64 = 10_000_000;
+/// Received commands that a peer may have outstanding on a queue pair.
+const CREDITS: u16 = 64;
+/// Reasons of `Refused` beside those of an incompatible Hello: the two have diverged, or were never the same.
+const SPLIT_BRAIN: u8 = 100;
+const UNRELATED: u8 = 101;
+
+impl<H: Host> Manager<H> {
+    /// Something that our Hellos say may have changed before a decision was confirmed: if so, a new nonce, and all
+    /// over again.
+    pub(super) fn hello_changed(&mut self, cx: &mut H) {
+        for slot in 0..MAX_PEERS {
+            self.check_hello(cx, slot);
+        }
+    }
+
+    /// Whether the Hello that the peer decides by still holds; if not, the handshake starts again.
+    fn check_hello(&mut self, cx: &mut H, slot: PeerSlot) -> bool {
+        let peer = &self.peers[slot];
+        let Some(said) = peer.my_hello else {
+            return true;
+        };
+        if peer.link != Link::Open || peer.established {
+            return true;
+        }
+        // Bits are looked at again when the state has been entered.
+        let now = Hello {
+            dirty_bits: said.dirty_bits,
+            ..self.hello(slot, said.nonce)
+        };
+        if now == said {
+            return true;
+        }
+        if self.peers[slot].confirmed_theirs {
+            // The peer may have entered the state already: only a new session is safe.
+            self.lose_session(cx, slot, "the state changed during the handshake");
+        } else {
+            self.restart_handshake(cx, slot);
+        }
+        false
+    }
+
+    fn restart_handshake(&mut self, cx: &mut H, slot: PeerSlot) {
+        let theirs = self.peers[slot].their_hello;
+        let had_session = self.peers[slot].session != 0;
+        self.forget_session(cx, slot);
+        self.view.peers[slot].conn = ConnState::WFReportParams;
+        self.peers[slot].their_hello = theirs;
+        if had_session {
+            self.fence(cx, slot);
+        } else {
+            self.say_hello(cx, slot);
+        }
+    }
+
+    /// Harvest first: no Hello leaves before every bit of the old session is in the master.
+    pub(super) fn say_hello(&mut self, cx: &mut H, slot: PeerSlot) {
+        if self.peers[slot].draining
+            || self.peers[slot].link != Link::Open
+            || self.view.disk == DiskState::Attaching
+        {
+            return;
+        }
+        self.peers[slot].hello = Asked::InFlight;
+        let epoch = self.peers[slot].epoch;
+        self.harvest(cx, Then::Session(slot, epoch, SessionStep::Hello));
+    }
+
+    pub(super) fn send_hello(&mut self, cx: &mut H, slot: PeerSlot) {
+        if self.hello_start == 0 {
+            self.hello_start = cx.random() as u32 | 1;
+        }
+        self.hello_count = self.hello_count.wrapping_add(1);
+        let nonce = hello::nonce(self.hello_start, self.hello_count);
+        let hello = self.hello(slot, nonce);
+        let peer = &mut self.peers[slot];
+        peer.nonce = nonce;
+        peer.my_hello = Some(hello);
+        self.call(
+            slot,
+            PeerCommand::HelloPut {
+                len: Hello::BYTES as u32,
+            },
+            hello.emit().to_vec(),
+            Call::Hello(nonce),
+        );
+    }
+
+    fn hello(&self, slot: PeerSlot, nonce: u64) -> Hello {
+        let geometry = &self.shared.geometry;
+        let superblock = &self.superblock;
+        let generations = &superblock.generations;
+        Hello {
+            protocol_min: PROTOCOL_VERSIONS.0,
+            protocol_max: PROTOCOL_VERSIONS.1,
+            features: feature::IO_DURING_BITMAP,
+            node_id: superblock.node_id,
+            peer_node_id: self.peers[slot].node_id.unwrap_or_default(),
+            volume_uuid: superblock.volume_uuid,
+            block_size_bytes: geometry.block_size,
+            size_blocks: geometry.size_blocks,
+            granularity_log2: geometry.granularity_log2,
+            role: self.view.role,
+            disk: self.view.disk,
+            crashed_primary: superblock.flags.primary && self.view.role != Role::Primary,
+            unclean: self.unclean,
+            wants_full_sync: superblock.peers[slot].is_some_and(|peer| peer.full_sync),
+            discard_my_data: self.peers[slot].discard_my_data,
+            lost_quorum: false,
+            had_session: self.peers[slot].epoch > 0,
+            current_generation: generations.current,
+            bitmap_generation: generations.bitmap[slot],
+            history: generations.history,
+            dirty_bits: self.masters[slot].count(),
+            nonce,
+            max_transfer_bytes: MAX_TRANSFER_BYTES as u32,
+            in_capsule_bytes: 4096,
+            credits: CREDITS,
+        }
+    }
+
+    pub(super) fn hello_answered(
+        &mut self,
+        cx: &mut H,
+        slot: PeerSlot,
+        nonce: u64,
+        answer: PeerAnswer,
+    ) {
+        if self.peers[slot].nonce != nonce {
+            return;
+        }
+        self.peers[slot].next_try_ns = ask_again_ns(cx);
+        match answer {
+            PeerAnswer::Ok | PeerAnswer::Duplicate => {
+                self.peers[slot].hello = Asked::Yes;
+                self.try_confirm(cx, slot);
+            }
+            PeerAnswer::NotYet | PeerAnswer::Busy => self.peers[slot].hello = Asked::Again,
+            PeerAnswer::Refused(code @ (SPLIT_BRAIN | UNRELATED)) => {
+                let text = if code == SPLIT_BRAIN {
+                    "SplitBrain: found by the peer"
+                } else {
+                    "Unrelated: found by the peer"
+                };
+                self.stand_alone(cx, slot, text);
+            }
+            answer => {
+                let reason = match answer {
+                    PeerAnswer::Refused(code) => IncompatibleReason::refusal(code),
+                    _ => None,
+                };
+                if let Some(reason) = reason {
+                    return self.stand_alone(cx, slot, reason);
+                }
+                let text = format!("the peer does not accept this node: {answer:?}");
+                self.peers[slot].last_error = Some(text.clone());
+                self.lose_session(cx, slot, &text);
+            }
+        }
+    }
+
+    pub(super) fn received_hello(&mut self, cx: &mut H, body: &[u8], reply: usize) {
+        let Ok(theirs) = Hello::parse(body) else {
+            return self.answer(cx, reply, PeerAnswer::Malformed);
+        };
+        let slot = (0..MAX_PEERS).find(|&slot| self.peers[slot].node_id == Some(theirs.node_id));
+        let Some(slot) = slot else {
+            return self.answer(cx, reply, PeerAnswer::Refused(0));
+        };
+        let peer = &mut self.peers[slot];
+        if peer.their_hello != Some(theirs) && !peer.hellos.is_newest(theirs.nonce) {
+            // Of a session that is over, or replaced: it must not end what has begun since. Whoever still waits for
+            // this answer puts a new one.
+            return self.answer(cx, reply, PeerAnswer::NotYet);
+        }
+        if !self.peers[slot].wanted || self.closing {
+            // It may have missed why: tell it.
+            let decision = decide(&self.hello(slot, 1), &theirs);
+            let code = if negotiate(&self.hello(slot, 1), &theirs).is_ok() {
+                refusal_code(&decision)
+            } else {
+                0
+            };
+            return self.answer(cx, reply, PeerAnswer::Refused(code));
+        }
+        if let Err(reason) = negotiate(&self.hello(slot, 1), &theirs) {
+            self.peers[slot].last_error = Some(reason.to_string());
+            self.answer(cx, reply, PeerAnswer::Refused(reason.code()));
+            return self.stand_alone(cx, slot, &reason.to_string());
+        }
+        if self.peers[slot].session != 0 && self.peers[slot].their_hello != Some(theirs) {
+            // The peer starts again: what was begun with its former Hello is void, on all channels first.
+            if self.peers[slot].established {
+                self.lose_session(cx, slot, "the peer has started a new session");
+            } else {
+                self.restart_handshake(cx, slot);
+                self.peers[slot].their_hello = None;
+            }
+            return self.answer(cx, reply, PeerAnswer::NotYet);
+        }
+        if self.peers[slot].draining {
+            return self.answer(cx, reply, PeerAnswer::NotYet);
+        }
+        if self.peers[slot].link == Link::Closed {
+            // It is there: no need to wait for our own turn.
+            self.peers[slot].retry_at_ns = 0;
+        }
+        self.peers[slot].their_hello = Some(theirs);
+        self.answer(cx, reply, PeerAnswer::Ok);
+        self.try_confirm(cx, slot);
+    }
+
+    /// Both Hellos are known: decide, have the channels accept the session, and confirm.
+    pub(super) fn try_confirm(&mut self, cx: &mut H, slot: PeerSlot) {
+        let now = cx.now_ns();
+        let peer = &mut self.peers[slot];
+        let (Some(mine), Some(theirs)) = (peer.my_hello, peer.their_hello) else {
+            return;
+        };
+        if peer.hello != Asked::Yes || peer.established || peer.link != Link::Open {
+            return;
+        }
+        let session = session_id(mine.nonce, theirs.nonce);
+        if peer.session == 0 {
+            let decision = decide(&mine, &theirs);
+            if let Some(text) = refusal(&decision) {
+                // The peer has both Hellos too: it comes to the same end.
+                return self.stand_alone(cx, slot, &text);
+            }
+            peer.session = session;
+            peer.decision = Some(decision);
+            self.view.peers[slot].recv_session = session;
+            self.view.peers[slot].diskless = theirs.disk < DiskState::Inconsistent;
+            let epoch = self.peers[slot].epoch;
+            self.adopt(cx, Then::Session(slot, epoch, SessionStep::Receivable));
+        } else if peer.receivable
+            && matches!(peer.confirm, Asked::No | Asked::Again)
+            && now >= peer.next_try_ns
+        {
+            peer.confirm = Asked::InFlight;
+            self.call(
+                slot,
+                PeerCommand::Confirm { session },
+                Vec::new(),
+                Call::Confirm(session),
+            );
+        }
+    }
+
+    pub(super) fn received_confirm(&mut self, cx: &mut H, session: u32, reply: usize) {
+        let slot = (0..MAX_PEERS).find(|&slot| self.peers[slot].session == session && session != 0);
+        let answer = match slot {
+            Some(slot) if self.peers[slot].receivable && self.check_hello(cx, slot) => {
+                self.peers[slot].confirmed_theirs = true;
+                PeerAnswer::Ok
+            }
+            Some(_) => PeerAnswer::NotYet,
+            // Somebody's Hello may be about to make this session.
+            None if self
+                .peers
+                .iter()
+                .any(|peer| peer.their_hello.is_some() && peer.session == 0) =>
+            {
+                PeerAnswer::NotYet
+            }
+            None => PeerAnswer::Fenced,
+        };
+        self.answer(cx, reply, answer);
+    }
+
+    pub(super) fn confirm_answered(
+        &mut self,
+        cx: &mut H,
+        slot: PeerSlot,
+        session: u32,
+        answer: PeerAnswer,
+    ) {
+        let peer = &mut self.peers[slot];
+        if peer.session != session || peer.established {
+            return;
+        }
+        match answer {
+            PeerAnswer::Ok | PeerAnswer::Duplicate => {
+                peer.confirm = Asked::Yes;
+                self.enter(cx, slot);
+            }
+            // The peer does not know our Hello, or has taken back its own.
+            PeerAnswer::Fenced => self.restart_handshake(cx, slot),
+            _ => {
+                peer.confirm = Asked::Again;
+                peer.next_try_ns = ask_again_ns(cx);
+            }
+        }
+    }
+
+    /// The decision holds: into its state.
+    fn enter(&mut self, cx: &mut H, slot: PeerSlot) {
+        if !self.check_hello(cx, slot) {
+            return;
+        }
+        let (Some(decision), Some(theirs)) =
+            (self.peers[slot].decision, self.peers[slot].their_hello)
+        else {
+            return;
+        };
+        let conn = match decision.outcome {
+            Outcome::InSync | Outcome::ConnectWithoutSync => ConnState::Connected,
+            Outcome::SyncSource { full } => {
+                if full {
+                    self.masters[slot].set_all();
+                }
+                ConnState::WFBitMapS
+            }
+            Outcome::SyncTarget { full } => {
+                if full {
+                    self.masters[slot].set_all();
+                }
+                ConnState::WFBitMapT
+            }
+            Outcome::SplitBrain | Outcome::Unrelated | Outcome::Refuse(_) => return,
+        };
+        // A source that its peers know as Consistent has the newest data all the same: so it was decided.
+        let reported = if conn == ConnState::WFBitMapT {
+            DiskState::UpToDate
+        } else {
+            theirs.disk
+        };
+        let Ok(state) = PeerState::lowered(conn, reported) else {
+            return self.stand_alone(cx, slot, "the peer's disk does not fit the decision");
+        };
+        let now = cx.now_ns();
+        let peer = &mut self.peers[slot];
+        peer.established = true;
+        peer.role = theirs.role;
+        peer.current_generation = theirs.current_generation;
+        peer.heard_ns = now;
+        peer.ping_sent_ns = now;
+        peer.last_error = None;
+        peer.discard_my_data = false;
+        peer.exchange = matches!(conn, ConnState::WFBitMapS | ConnState::WFBitMapT).then(|| {
+            // What the peer has sent while it was ahead of us counts.
+            peer.exchange.unwrap_or_default()
+        });
+        let session = peer.session;
+        let epoch = peer.epoch;
+        let view = &mut self.view.peers[slot];
+        view.conn = state.conn();
+        view.pdsk = state.pdsk();
+        view.send_session = session;
+        view.io_during_bitmap = theirs.features & feature::IO_DURING_BITMAP != 0;
+        if conn == ConnState::WFBitMapT {
+            // Reads of these blocks go to the peer, and that before any channel is a target.
+            self.mark_stale(slot);
+        }
+        self.adopt(cx, Then::Session(slot, epoch, SessionStep::Entered));
+    }
+}
+
+/// Why this decision ends the connection, for the operator; `None` if it does not.
+fn refusal(decision: &Decision) -> Option<String> {
+    let Decision { rule, outcome } = decision;
+    (!outcome.connects()).then(|| format!("{outcome:?}: {rule}"))
+}
+
+/// What a node that does not want the connection answers to Hello, if the reason is the data.
+fn refusal_code(decision: &Decision) -> u8 {
+    match decision.outcome {
+        Outcome::SplitBrain => SPLIT_BRAIN,
+        Outcome::Unrelated => UNRELATED,
+        _ => 0,
+    }
+}
+
+/// Both nodes may be asking each other: not in step for ever.
+fn ask_again_ns<H: Host>(cx: &mut H) -> u64 {
+    cx.now_ns() + ASK_AGAIN_NS + cx.random() % ASK_AGAIN_NS
+}
