@@ -7,6 +7,7 @@ use super::differences::{Bindings, CFGS, align_by_field, holds};
 
 const HEADERS: &[&str] = &[
     "spdk/stdinc.h",
+    "spdk/config.h",
     "spdk/bdev_module.h",
     "spdk/bdev_zone.h",
     "spdk/cpuset.h",

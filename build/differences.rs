@@ -9,6 +9,8 @@ pub const CFGS: &[&str] = &[
     "spdk_multipath_opts",
     "spdk_nvme_cmd_dwords",
     "spdk_trace_sections",
+    "spdk_with_vfio_user",
+    "spdk_with_vhost",
 ];
 
 /// The condition of each of [`CFGS`].
@@ -27,6 +29,8 @@ pub fn holds(name: &str, bindings: &Bindings) -> bool {
         }
         "spdk_nvme_cmd_dwords" => bindings.has_field("spdk_nvme_cmd", "cdw2"),
         "spdk_trace_sections" => bindings.has_field("spdk_trace_file", "section_offsets"),
+        "spdk_with_vfio_user" => bindings.has_constant("SPDK_CONFIG_VFIO_USER"),
+        "spdk_with_vhost" => bindings.has_constant("SPDK_CONFIG_VHOST"),
         _ => false,
     }
 }

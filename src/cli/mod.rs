@@ -39,6 +39,10 @@ enum Command {
 
 /// Runs the command and returns its exit code.
 pub fn main() -> ExitCode {
+    // SPDK parses its own flags, many of which are not known here.
+    if let Some(arguments) = tgt::arguments_for_spdk(std::env::args_os()) {
+        return tgt::run_spdk(&arguments);
+    }
     match Cli::parse().command {
         Command::Tgt(arguments) => tgt::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),

@@ -1,11 +1,12 @@
-//! `bdev-repl tgt`: a node of the embedded host, with the flags of SPDK's applications.
+//! `bdev-repl tgt`: a node of the embedded host, with the flags of SPDK's applications, or an SPDK application.
 //! Called by the command line. Starts the reactors, loads the configuration, serves RPC, waits for the end.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, channel};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::hosts::embedded::message::NodeHandle;
 use crate::hosts::embedded::node::{CoreMask, Node, NodeOptions};
@@ -20,6 +21,9 @@ use super::DEFAULT_RPC_SOCKET;
 /// a command line for spdk_tgt works.
 #[derive(Debug, Args)]
 pub struct TargetArguments {
+    /// What the node runs on: the runtime of this program, or SPDK (with all flags of spdk_tgt: --host spdk --help)
+    #[arg(long, value_enum, default_value_t = HostName::Embedded)]
+    host: HostName,
     /// Cores to run reactors on: a mask (0x3) or a list ([0,1])
     #[arg(
         short = 'm',
@@ -53,6 +57,12 @@ pub struct TargetArguments {
     log_flags: Vec<String>,
     #[command(flatten)]
     without_meaning: WithoutMeaning,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum HostName {
+    Embedded,
+    Spdk,
 }
 
 /// Flags of spdk_tgt that have no meaning here.
@@ -100,8 +110,48 @@ struct WithoutMeaning {
     interrupt_mode: bool,
 }
 
+/// For `tgt --host spdk`: the other arguments, as they are. `None` for every other command line.
+pub fn arguments_for_spdk(all: impl IntoIterator<Item = OsString>) -> Option<Vec<OsString>> {
+    let mut all = all.into_iter().skip(1);
+    if all.next()? != "tgt" {
+        return None;
+    }
+    let mut found = false;
+    let mut others: Vec<OsString> = Vec::new();
+    for argument in all {
+        if argument == "--host=spdk" {
+            found = true;
+        } else if argument == "spdk" && others.last().is_some_and(|last| last == "--host") {
+            others.pop();
+            found = true;
+        } else {
+            others.push(argument);
+        }
+    }
+    found.then_some(others)
+}
+
+/// Runs an SPDK application until it is told to stop.
+#[cfg(feature = "spdk")]
+pub fn run_spdk(arguments: &[OsString]) -> ExitCode {
+    crate::hosts::spdk::app::run(arguments)
+}
+
+/// Says what is missing.
+#[cfg(not(feature = "spdk"))]
+pub fn run_spdk(_arguments: &[OsString]) -> ExitCode {
+    eprintln!(
+        "bdev-repl tgt --host spdk: this program was built without SPDK: install SPDK 25.09 to 26.05 with shared \
+         libraries and build it by `cargo build --release --features spdk`"
+    );
+    ExitCode::FAILURE
+}
+
 /// Runs a node until it is told to stop. The exit code is 1 if it could not be started or broke down.
 pub fn run(arguments: &TargetArguments) -> ExitCode {
+    if arguments.host == HostName::Spdk {
+        return run_spdk(&[]);
+    }
     log::install();
     if arguments.silence_noticelog {
         log::set_level("WARNING");
@@ -186,4 +236,40 @@ fn start(
         reply.ok(true);
     }
     socket.map_or_else(listen, Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn for_spdk(line: &str) -> Option<Vec<OsString>> {
+        arguments_for_spdk(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn everything_but_the_host_goes_to_spdk() {
+        let rest: Vec<OsString> = ["-m", "0x3", "--help"].map(OsString::from).into();
+        for line in [
+            "bdev-repl tgt --host spdk -m 0x3 --help",
+            "bdev-repl tgt -m 0x3 --host=spdk --help",
+            "bdev-repl tgt -m 0x3 --help --host spdk",
+        ] {
+            assert_eq!(for_spdk(line), Some(rest.clone()), "{line}");
+        }
+        assert_eq!(for_spdk("bdev-repl tgt --host spdk"), Some(Vec::new()));
+    }
+
+    #[test]
+    fn other_command_lines_are_not_for_spdk() {
+        for line in [
+            "bdev-repl",
+            "bdev-repl tgt -m 0x3",
+            "bdev-repl tgt --host embedded",
+            "bdev-repl tgt --host",
+            "bdev-repl tgt spdk",
+            "bdev-repl status --host spdk",
+        ] {
+            assert_eq!(for_spdk(line), None, "{line}");
+        }
+    }
 }
