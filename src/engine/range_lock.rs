@@ -18,6 +18,10 @@ pub const GRANULE_BYTES: u64 = 4096;
 /// who hold them drain and the waiter gets its turn. Of two overlapping reservations the second one
 /// fails, and its waiter remains a plain one until the first is served.
 ///
+/// So under writes that never pause one waiter could find the range reserved by another one each time it looks. A
+/// resync must not: it [presses](RangeLock::try_lock_pressing), which needs no turn of its own. From then on nobody
+/// else locks or reserves a granule of its range; who has done so already is waited for.
+///
 /// Sequentially consistent with every [`AtomicBits`]: "lock, then look into a bitmap" on one core and
 /// "set in that bitmap, then look at the lock" on another never miss each other both.
 ///
@@ -26,6 +30,7 @@ pub const GRANULE_BYTES: u64 = 4096;
 pub struct RangeLock {
     locked: AtomicBits,
     reserved: AtomicBits,
+    pressed: AtomicBits,
 }
 
 impl RangeLock {
@@ -35,6 +40,7 @@ impl RangeLock {
         RangeLock {
             locked: AtomicBits::new(granules),
             reserved: AtomicBits::new(granules),
+            pressed: AtomicBits::new(granules),
         }
     }
 
@@ -43,11 +49,13 @@ impl RangeLock {
         self.locked.bits()
     }
 
-    /// Takes all of `range`, or nothing: then a granule of it is locked, or reserved by a waiter. It can
+    /// Takes all of `range`, or nothing: then a granule of it is locked, or a waiter keeps it. It can
     /// also fail because another attempt that fails is just giving its part back.
     #[inline]
     pub fn try_lock(&self, range: Range<u64>) -> bool {
-        !self.reserved.any(range.clone()) && claim(&self.locked, range)
+        !self.pressed.any(range.clone())
+            && !self.reserved.any(range.clone())
+            && claim(&self.locked, range)
     }
 
     /// Gives back `range`, taken before as this same range.
@@ -64,7 +72,7 @@ impl RangeLock {
 
     /// Keeps newcomers off all of `range`, or off nothing: then somebody else has reserved a part of it.
     pub fn try_reserve(&self, range: Range<u64>) -> bool {
-        claim(&self.reserved, range)
+        !self.pressed.any(range.clone()) && claim(&self.reserved, range)
     }
 
     /// Takes `range`, reserved before as this same range, and ends the reservation; or leaves it
@@ -80,6 +88,23 @@ impl RangeLock {
     /// Ends a reservation without taking the lock: the waiter has gone.
     pub fn cancel_reservation(&self, range: Range<u64>) {
         give_back(&self.reserved, range);
+    }
+
+    /// Takes `range`; or keeps newcomers off all of it until that succeeds or is given up. Two that press on the same
+    /// granules take it from each other, and press again with their next attempt.
+    pub fn try_lock_pressing(&self, range: Range<u64>) -> bool {
+        let taken = !self.reserved.any(range.clone()) && claim(&self.locked, range.clone());
+        if taken {
+            self.pressed.clear_range(range);
+        } else {
+            self.pressed.set_range(range);
+        }
+        taken
+    }
+
+    /// Whoever pressed has gone.
+    pub fn stop_pressing(&self, range: Range<u64>) {
+        self.pressed.clear_range(range);
     }
 }
 
@@ -180,6 +205,30 @@ mod tests {
             lock.try_lock(0..128),
             "the reservation outlived its service"
         );
+    }
+
+    #[test]
+    fn whoever_presses_waits_for_those_who_were_there_and_for_nobody_else() {
+        let lock = RangeLock::new(256);
+        assert!(lock.try_lock(0..2));
+        assert!(lock.try_reserve(0..10));
+        assert!(!lock.try_lock_pressing(5..20));
+        assert!(!lock.try_lock(15..16), "a newcomer overtakes it");
+        assert!(!lock.try_reserve(15..30), "a later waiter overtakes it");
+        assert!(lock.try_lock(20..22), "outside of its range");
+        lock.unlock(0..2);
+        assert!(!lock.try_lock_pressing(5..20), "it overtakes a waiter");
+        assert!(lock.try_lock_reserved(0..10));
+        assert!(!lock.try_lock_pressing(5..20));
+        lock.unlock(0..10);
+        assert!(!lock.try_lock(5..6));
+        assert!(lock.try_lock_pressing(5..20));
+        assert!(!lock.try_lock(5..6));
+        lock.unlock(5..20);
+        assert!(lock.try_lock(5..20), "it presses still");
+        assert!(!lock.try_lock_pressing(0..6));
+        lock.stop_pressing(0..6);
+        assert!(lock.try_lock(0..5));
     }
 
     #[test]
@@ -331,6 +380,22 @@ mod loom_tests {
             };
             lock.unlock(0..2);
             assert!(lock.try_lock_reserved(0..4), "a newcomer has come first");
+            assert!(!newcomer.join().unwrap(), "both hold the range");
+        });
+    }
+
+    #[test]
+    fn loom_pressing_excludes_newcomers() {
+        loom::model(|| {
+            let lock = Arc::new(RangeLock::new(64));
+            assert!(lock.try_lock(0..2));
+            assert!(!lock.try_lock_pressing(0..4));
+            let newcomer = {
+                let lock = lock.clone();
+                thread::spawn(move || lock.try_lock(1..6))
+            };
+            lock.unlock(0..2);
+            assert!(lock.try_lock_pressing(0..4), "a newcomer has come first");
             assert!(!newcomer.join().unwrap(), "both hold the range");
         });
     }

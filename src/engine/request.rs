@@ -73,6 +73,8 @@ pub struct Request<H: Host> {
     pub stage: Stage,
     pub locked: bool,
     pub reserved: bool,
+    /// It keeps newcomers off its range.
+    pub pressing: bool,
     /// Its extents are referenced in the activity log, from this transaction on.
     pub logged: Option<u64>,
     pub sequence: u64,

@@ -10,8 +10,9 @@ use crate::host::{AppStatus, Host};
 
 /// Failed attempts after which a waiter reserves its range.
 const RESERVE_AFTER: u32 = 8;
-/// How long a resync read waits for its range before it is answered "not yet".
-const RESYNC_READ_WAIT_NS: u64 = 2_000_000;
+/// How long a resync read waits for its range before it is answered "not yet": longer than the writes take that were
+/// there before it, or it would never be served where writes never pause. It holds a buffer of the transport meanwhile.
+const RESYNC_READ_WAIT_NS: u64 = 200_000_000;
 
 /// What became of a step.
 enum Step {
@@ -165,25 +166,32 @@ impl<H: Host> Channel<H> {
             .geometry
             .granules_of(request.lba, request.blocks);
         let lock = &self.shared.range_lock;
-        if request.lock_failures >= RESERVE_AFTER && !request.reserved {
-            request.reserved = lock.try_reserve(granules.clone());
-        }
-        let taken = if request.reserved {
-            lock.try_lock_reserved(granules)
-        } else {
+        let patient = request.lock_failures < RESERVE_AFTER;
+        let taken = if patient {
             lock.try_lock(granules)
+        } else if request.kind == RequestKind::ResyncRead {
+            request.pressing = true;
+            lock.try_lock_pressing(granules)
+        } else {
+            request.reserved = request.reserved || lock.try_reserve(granules.clone());
+            if request.reserved {
+                lock.try_lock_reserved(granules)
+            } else {
+                lock.try_lock(granules)
+            }
         };
         if !taken {
             request.lock_failures = request.lock_failures.saturating_add(1);
-            let waited = cx.now_ns().saturating_sub(request.started_ns);
-            if request.kind == RequestKind::ResyncRead && waited > RESYNC_READ_WAIT_NS {
+            let waited_ns = cx.now_ns().saturating_sub(request.started_ns);
+            if request.kind == RequestKind::ResyncRead && waited_ns > RESYNC_READ_WAIT_NS {
                 return self.end_received(cx, index, PeerAnswer::NotYet);
             }
             return Step::Wait;
         }
         request.locked = true;
-        // With the lock the reservation has ended.
+        // With the lock the waiting has ended.
         request.reserved = false;
+        request.pressing = false;
         if request.kind != RequestKind::ResyncRead {
             return self.enter(index, Stage::Log);
         }
@@ -386,7 +394,10 @@ impl<H: Host> Channel<H> {
             self.shared.range_lock.unlock(granules.clone());
         }
         if std::mem::take(&mut request.reserved) {
-            self.shared.range_lock.cancel_reservation(granules);
+            self.shared.range_lock.cancel_reservation(granules.clone());
+        }
+        if std::mem::take(&mut request.pressing) {
+            self.shared.range_lock.stop_pressing(granules);
         }
         if request.logged.take().is_some() {
             let extents = self.shared.geometry.extents_of(request.lba, request.blocks);
@@ -396,7 +407,8 @@ impl<H: Host> Channel<H> {
 
     fn take(&mut self, index: u16) -> Option<Request<H>> {
         let request = self.requests.get(index)?;
-        if request.locked || request.reserved || request.logged.is_some() {
+        let waits_for_range = request.reserved || request.pressing;
+        if request.locked || waits_for_range || request.logged.is_some() {
             self.release(index);
         }
         self.requests.remove(index)

@@ -163,6 +163,7 @@ impl<H: Host> Channel<H> {
             stage: Stage::Held,
             locked: false,
             reserved: false,
+            pressing: false,
             logged: None,
             sequence: 0,
             lock_failures: 0,

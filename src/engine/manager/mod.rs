@@ -267,7 +267,9 @@ impl<H: Host> Manager<H> {
             .peers
             .iter()
             .any(|peer| peer.wanted && !peer.established);
-        if self.puller.is_running() || connecting || !self.orders.is_empty() {
+        if self.puller.is_pressing() {
+            200_000
+        } else if self.puller.is_running() || connecting || !self.orders.is_empty() {
             2_000_000
         } else {
             20_000_000

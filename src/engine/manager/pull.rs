@@ -22,6 +22,8 @@ const PIECES: usize = 16;
 const UNIT_BYTES: u64 = 1 << 20;
 /// Units after which the target flushes and reports.
 const UNITS_PER_FLUSH: usize = 64;
+/// Failed attempts at its range after which a piece keeps newcomers off it.
+const PRESS_AFTER: u32 = 2;
 /// Between two attempts at a piece that the source could not serve.
 const RETRY_NS: u64 = 1_000_000;
 
@@ -57,9 +59,17 @@ struct Piece<H: Host> {
     blocks: u32,
     /// The number of its resync read, until the source has served that; else the next one is a new read.
     read: Option<u64>,
+    /// Times that its range was taken by somebody else.
+    lock_failures: u32,
     stage: Stage<H>,
     /// Its session is over: what is in flight is waited for, nothing more is done.
     dead: bool,
+}
+
+impl<H: Host> Piece<H> {
+    fn is_pressing(&self) -> bool {
+        self.lock_failures > PRESS_AFTER
+    }
 }
 
 pub(super) struct Puller<H: Host> {
@@ -110,6 +120,11 @@ impl<H: Host> Puller<H> {
         self.slot.is_some()
     }
 
+    /// A piece waits for its range, and writes wait for that.
+    pub(super) fn is_pressing(&self) -> bool {
+        self.pieces.iter().flatten().any(Piece::is_pressing)
+    }
+
     /// I/O on the local disk that has not come back.
     pub(super) fn uses_disk(&self) -> bool {
         self.flush_in_flight
@@ -147,7 +162,10 @@ impl<H: Host> Manager<H> {
             };
             piece.dead = true;
             match &mut piece.stage {
-                Stage::Ask(_) | Stage::Lock(_) => self.puller.pieces[index] = None,
+                Stage::Ask(_) | Stage::Lock(_) => {
+                    self.piece_stop_waiting(index);
+                    self.puller.pieces[index] = None;
+                }
                 Stage::Write(in_flight, unsent) => {
                     unsent.clear();
                     if *in_flight == 0 {
@@ -261,6 +279,7 @@ impl<H: Host> Manager<H> {
             lba: next,
             blocks: blocks as u32,
             read: None,
+            lock_failures: 0,
             stage: Stage::Ask(0),
             dead: false,
         })

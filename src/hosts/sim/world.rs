@@ -563,6 +563,7 @@ impl World {
             }
         }
         for node in 0..self.nodes.len() {
+            assert!(self.is_unlocked(node), "node {node}: a range is kept");
             for peer in self.state(node).peers {
                 assert_eq!(
                     peer.out_of_sync_bytes, 0,
@@ -574,6 +575,19 @@ impl World {
         if self.checks_content {
             self.check_content(0);
         }
+    }
+
+    /// Nobody holds a range of the node's volume, or keeps others off one.
+    pub fn is_unlocked(&self, node: usize) -> bool {
+        let engine = self.nodes[node].engine.as_ref();
+        engine.is_none_or(|engine| {
+            let all = 0..engine.shared.geometry.granules();
+            let free = engine.shared.range_lock.try_lock(all.clone());
+            if free {
+                engine.shared.range_lock.unlock(all);
+            }
+            free
+        })
     }
 
     /// What the disk of a node holds is what the application may read.

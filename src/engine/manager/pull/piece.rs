@@ -2,7 +2,7 @@
 //! granules that a write has overtaken meanwhile. No write ever waits for the network here, only for a piece that is
 //! already on its way to the disk.
 
-use super::{Piece, PullIo, RETRY_NS, Stage};
+use super::{PRESS_AFTER, Piece, PullIo, RETRY_NS, Stage};
 use crate::engine::manager::{Manager, ManagerIo};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::{PeerCommand, Span};
@@ -31,24 +31,29 @@ impl<H: Host> Manager<H> {
             return;
         };
         let geometry = self.shared.geometry;
-        let granules = geometry.granules_of(piece.lba, piece.blocks);
-        // Register first: a write that takes its range from here on sees it and leaves a mark.
-        if !self.shared.pulls.any(granules.clone()) {
-            self.shared.touched.clear_range(granules.clone());
-            self.shared.partial.clear_range(granules.clone());
-        }
-        self.shared.pulls.set_range(granules.clone());
-        // One that has its range already may be on its way to the source still, and the source's data without it.
-        let overlapped = self.shared.range_lock.is_locked(granules.clone());
-        let len = piece.blocks as usize * geometry.block_size as usize;
-        let buffer = if overlapped {
-            None
-        } else {
-            cx.buffer(len.next_multiple_of(4096))
+        let (lba, blocks) = (piece.lba, piece.blocks);
+        let granules = geometry.granules_of(lba, blocks);
+        let len = blocks as usize * geometry.block_size as usize;
+        let buffer = cx.buffer(len.next_multiple_of(4096));
+        let (Some(buffer), Some(span)) = (buffer, Span::new(lba, blocks)) else {
+            // Who has the buffers may be waiting for this range.
+            self.piece_stop_waiting(index);
+            if let Some(piece) = &mut self.puller.pieces[index] {
+                piece.lock_failures = 0;
+                piece.stage = Stage::Ask(cx.now_ns() + RETRY_NS / 4);
+            }
+            return;
         };
-        let (Some(buffer), Some(span)) = (buffer, Span::new(piece.lba, piece.blocks)) else {
-            self.shared.pulls.clear_range(granules);
-            piece.stage = Stage::Ask(cx.now_ns() + RETRY_NS / 4);
+        // A write that has its range already may be on its way to the source still, and the source's data without it:
+        // it is waited for. One that takes its range after the registration sees that and leaves a mark.
+        if !self.piece_takes_range(index) {
+            return;
+        }
+        self.shared.touched.clear_range(granules.clone());
+        self.shared.partial.clear_range(granules.clone());
+        self.shared.pulls.set_range(granules.clone());
+        self.piece_unlock(index);
+        let Some(piece) = &mut self.puller.pieces[index] else {
             return;
         };
         piece.stage = Stage::Fetching;
@@ -124,14 +129,14 @@ impl<H: Host> Manager<H> {
 
     /// Under the range lock no write can come in between: what has no mark now is older than what was fetched.
     fn lock_piece(&mut self, cx: &mut H, index: usize) {
+        if !self.piece_takes_range(index) {
+            return;
+        }
         let geometry = self.shared.geometry;
         let Some(piece) = &mut self.puller.pieces[index] else {
             return;
         };
         let granules = geometry.granules_of(piece.lba, piece.blocks);
-        if !self.shared.range_lock.try_lock(granules.clone()) {
-            return;
-        }
         let Stage::Lock(buffer) = std::mem::replace(&mut piece.stage, Stage::Write(0, Vec::new()))
         else {
             return;
@@ -261,6 +266,33 @@ impl<H: Host> Manager<H> {
                 self.puller.pieces[index] = None;
             }
             _ => self.write_piece(cx, index),
+        }
+    }
+
+    /// Under writes that never pause the range is never free by itself: then those that are there are waited for, and
+    /// the others wait.
+    fn piece_takes_range(&mut self, index: usize) -> bool {
+        let Some(piece) = &mut self.puller.pieces[index] else {
+            return false;
+        };
+        let granules = self.shared.geometry.granules_of(piece.lba, piece.blocks);
+        let lock = &self.shared.range_lock;
+        let taken = if piece.lock_failures < PRESS_AFTER {
+            lock.try_lock(granules)
+        } else {
+            lock.try_lock_pressing(granules)
+        };
+        piece.lock_failures = if taken { 0 } else { piece.lock_failures + 1 };
+        taken
+    }
+
+    /// A piece that is given up keeps nobody off its range any more.
+    pub(super) fn piece_stop_waiting(&self, index: usize) {
+        if let Some(piece) = &self.puller.pieces[index]
+            && piece.is_pressing()
+        {
+            let granules = self.shared.geometry.granules_of(piece.lba, piece.blocks);
+            self.shared.range_lock.stop_pressing(granules);
         }
     }
 

@@ -257,3 +257,110 @@ fn a_secondary_whose_primary_went_on_is_outdated_by_disconnect_and_comes_back() 
     world.carry_out(1, connect);
     world.settle();
 }
+/// Writes of the first granules of the volume without pause: for each of them one under way, and some that wait for it.
+struct WithoutPause {
+    node: usize,
+    granules: usize,
+    under_way: Vec<Option<u64>>,
+}
+
+impl WithoutPause {
+    fn new(node: usize, granules: usize, per_granule: usize) -> WithoutPause {
+        WithoutPause {
+            node,
+            granules,
+            under_way: vec![None; granules * per_granule],
+        }
+    }
+
+    fn go_on(&mut self, world: &mut World) {
+        for (index, write) in self.under_way.iter_mut().enumerate() {
+            if write.is_none_or(|id| world.apps[&id].status.is_some()) {
+                let core = world.random.below(world.config.cores as u64) as usize;
+                let lba = (index % self.granules * 8) as u64;
+                *write = Some(world.submit(self.node, core, WRITE, lba, 8));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_piece_of_a_resync_gets_its_turn_among_writes_without_pause() {
+    for seed in 0..16 {
+        let config = Config {
+            cores: 1 + (seed % 2) as usize,
+            ..Config::default()
+        };
+        // Many that are there at any time; and few, of which some always wait for so long that they reserve.
+        let (granules, per_granule) = if seed < 8 { (32, 2) } else { (4, 20) };
+        let mut world = primary_pair(seed, config);
+        world.checks_content = false;
+        world.cut(0, 1);
+        world.write(0, 0, granules as u32 * 8);
+        world.run_for(300 * MS);
+        world.carry_out(1, Order::PauseResync);
+        world.heal(0, 1);
+        world.run_until("the resync is held", SECOND, |world| {
+            world.peer(1, 0).conn == ConnState::PausedSyncT
+        });
+        world.run_for(5 * MS);
+        let primary = (seed / 2 % 2) as usize;
+        if primary == 1 {
+            // The Primary itself is the target.
+            world.carry_out(0, Order::Demote);
+            world.run_for(5 * MS);
+            world.promote(1);
+        }
+        let mut writes = WithoutPause::new(primary, granules, per_granule);
+        let resume = world.order(1, Order::ResumeResync);
+        let end_ns = world.now_ns + 300 * MS;
+        while world.peer(0, 1).conn != ConnState::Connected
+            || world.state(1).disk != DiskState::UpToDate
+        {
+            assert!(world.now_ns < end_ns, "{}", world.describe());
+            for _ in 0..16 {
+                writes.go_on(&mut world);
+                world.step();
+            }
+        }
+        assert!(world.outcome(1, resume).is_some());
+        world.wait_for_io();
+        world.settle();
+    }
+}
+
+#[test]
+fn what_a_resync_waited_for_is_free_when_it_is_given_up() {
+    for primary in 0..2 {
+        let mut world = behind(1, Config::default());
+        world.carry_out(1, Order::PauseResync);
+        world.heal(0, 1);
+        world.run_until("the resync is held", SECOND, |world| {
+            world.peer(1, 0).conn == ConnState::PausedSyncT
+        });
+        world.run_for(5 * MS);
+        if primary == 1 {
+            world.carry_out(0, Order::Demote);
+            world.run_for(5 * MS);
+            world.promote(1);
+        }
+        // It has its range at the Primary, and does not get through to the other.
+        world.catch(opcode::WRITE);
+        world.submit(primary, 0, WRITE, 208, 8);
+        world.run_until("the write is on its way", SECOND, |world| {
+            world.caught() == 1
+        });
+        world.carry_out(1, Order::ResumeResync);
+        world.run_for(50 * MS);
+        let engine = world.nodes[primary].engine.as_ref().expect("it runs");
+        // A part of the same piece that nobody writes.
+        assert!(!engine.shared.range_lock.try_lock(28..29));
+        world.cut(0, 1);
+        world.run_for(500 * MS);
+        world.wait_for_io();
+        assert!(world.is_unlocked(0) && world.is_unlocked(1));
+        world.heal(0, 1);
+        world.let_go();
+        world.settle();
+    }
+}

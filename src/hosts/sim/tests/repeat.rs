@@ -102,7 +102,7 @@ fn a_resync_read_keeps_its_number_until_it_is_served() {
     });
     world.keep_copies(Some(opcode::RESYNC_READ));
     world.carry_out(1, Order::ResumeResync);
-    world.run_for(30 * MS);
+    world.run_for(900 * MS);
     let numbers: Vec<u64> = world
         .kept_commands()
         .into_iter()
