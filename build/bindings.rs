@@ -82,6 +82,7 @@ pub fn generate(include: &[PathBuf], output: &Path) -> Result<(), String> {
         )
         .rust_target(bindgen::RustTarget::stable(85, 0).map_err(|error| error.to_string())?)
         .rust_edition(bindgen::RustEdition::Edition2024)
+        .parse_callbacks(Box::new(bindgen::CargoCallbacks::new()))
         .default_enum_style(bindgen::EnumVariation::Consts)
         .prepend_enum_name(false)
         .derive_default(true)
@@ -105,9 +106,10 @@ pub fn generate(include: &[PathBuf], output: &Path) -> Result<(), String> {
         builder = builder.allowlist_var(name);
     }
     let generated = builder.generate().map_err(|error| {
-        let error = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        let error = error.to_string();
+        let first = error.lines().next().unwrap_or_default();
         format!(
-            "SPDK's headers cannot be read by libclang ({error}): install the headers of the compiler and of what \
+            "SPDK's headers cannot be read by libclang ({first}): install the headers of the compiler and of what \
              SPDK was built with (libclang-dev, libc6-dev, uuid-dev, libssl-dev)"
         )
     })?;

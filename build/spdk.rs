@@ -95,8 +95,8 @@ fn probe(name: &str) -> Result<Library, String> {
         .print_system_libs(true)
         .probe(name)
         .map_err(|error| match error {
-            pkg_config::Error::Command { command, cause } => format!(
-                "the feature `spdk` needs pkg-config, but `{command}` could not be run ({cause}): install pkg-config"
+            pkg_config::Error::Command { cause, .. } => format!(
+                "the feature `spdk` needs pkg-config, which could not be run ({cause}): install pkg-config"
             ),
             pkg_config::Error::ProbeFailure { .. } | pkg_config::Error::Failure { .. } => format!(
                 "pkg-config does not find {name}: install SPDK {} to {} with shared libraries (./configure \
@@ -104,7 +104,10 @@ fn probe(name: &str) -> Result<Library, String> {
                 version::OLDEST,
                 version::NEWEST,
             ),
-            other => format!("asking pkg-config for {name} failed: {}", one_line(&other.to_string())),
+            other => format!(
+                "pkg-config cannot be asked for {name} ({}): see that `pkg-config --libs {name}` works",
+                one_line(&other.to_string())
+            ),
         })
 }
 

@@ -264,3 +264,113 @@ pub mod multipath {
         BDEV_NVME_MP_SELECTOR_ROUND_ROBIN as ROUND_ROBIN,
     };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SPDK's own function is the reverse.
+    #[test]
+    fn the_context_of_a_channel_is_where_spdk_looks_for_it() {
+        let mut memory = [0u64; 64];
+        let channel: *mut spdk_io_channel = memory.as_mut_ptr().cast();
+        // SAFETY: only addresses within the memory are computed.
+        let found = unsafe { spdk_io_channel_from_ctx(io_channel_context::<c_void>(channel)) };
+        assert_eq!(found, channel);
+    }
+
+    #[test]
+    fn the_context_of_a_request_leads_back_to_it() {
+        let mut io = MaybeUninit::<[spdk_bdev_io; 2]>::zeroed();
+        let io: *mut spdk_bdev_io = io.as_mut_ptr().cast();
+        // SAFETY: only addresses within the memory are computed.
+        unsafe {
+            let context = bdev_io_context::<u64>(io);
+            assert!(context.is_aligned());
+            assert_eq!(bdev_io_from_context(context), io);
+        }
+    }
+
+    #[test]
+    fn spdk_sees_the_flags_of_a_bdev_as_they_were_set() {
+        for interleave in [false, true] {
+            let mut bdev = spdk_bdev {
+                md_len: 8,
+                ..Default::default()
+            };
+            let flags = BdevFlags {
+                split_on_optimal_io_boundary: !interleave,
+                split_on_write_unit: !interleave,
+                md_interleave: interleave,
+                dif_is_head_of_md: !interleave,
+            };
+            flags.set(&mut bdev);
+            let seen = BdevFlags::of(&bdev);
+            assert_eq!(seen.md_interleave, interleave);
+            assert_eq!(seen.dif_is_head_of_md, !interleave);
+            assert_eq!(seen.split_on_write_unit, !interleave);
+            assert_eq!(seen.split_on_optimal_io_boundary, !interleave);
+            // SAFETY: SPDK reads the fields that are set.
+            assert_eq!(unsafe { spdk_bdev_is_md_interleaved(&bdev) }, interleave);
+        }
+    }
+
+    #[test]
+    fn dwords_2_and_3_are_the_third_and_the_fourth_of_a_command() {
+        let mut command = spdk_nvme_cmd::default();
+        nvme_command_set_dwords_2_and_3(&mut command, [7, 9]);
+        assert_eq!(nvme_command_dwords_2_and_3(&command), [7, 9]);
+        // SAFETY: a command is sixteen words.
+        let words = unsafe { &*(&raw const command).cast::<[u32; 16]>() };
+        assert_eq!(words[2..4], [7, 9]);
+    }
+
+    #[test]
+    fn options_carry_the_size_that_this_side_knows() {
+        assert_eq!(
+            { bdev_ext_io_opts().size },
+            size_of::<spdk_bdev_ext_io_opts>()
+        );
+        assert_eq!(
+            { bdev_claim_opts().opts_size },
+            size_of::<spdk_bdev_claim_opts>()
+        );
+        assert_eq!({ bdev_open_opts().size }, size_of::<spdk_bdev_open_opts>());
+        assert_eq!({ app_opts().opts_size }, size_of::<spdk_app_opts>());
+        assert_eq!(
+            { nvmf_listen_opts().opts_size },
+            size_of::<spdk_nvmf_listen_opts>()
+        );
+        assert_eq!({ nvmf_ns_opts().opts_size }, size_of::<spdk_nvmf_ns_opts>());
+    }
+
+    #[test]
+    fn a_trace_point_is_on_where_spdk_says_that_it_is() {
+        const POINT: u16 = trace_point(3, 5);
+        assert!(!trace_is_on(POINT), "there is no trace");
+        let mut memory = vec![0u64; size_of::<spdk_trace_file>() / 8 + 1024];
+        let file: *mut spdk_trace_file = memory.as_mut_ptr().cast();
+        // SAFETY: the memory has room for the file and a section of masks behind it, and outlives its use. No other test
+        // looks at trace points.
+        unsafe {
+            #[cfg(spdk_trace_sections)]
+            let masks = {
+                let offset = size_of::<spdk_trace_file>().next_multiple_of(8);
+                (*file).num_sections = SPDK_TRACE_NUM_SECTIONS as u16;
+                (*file).section_offsets[SPDK_TRACE_SECTION_TPOINT_MASK as usize] = offset as u64;
+                let section: *mut spdk_trace_section_tpoint_mask = file.byte_add(offset).cast();
+                (*section).count = 20;
+                (&raw mut (*section).tpoint_mask).cast::<u64>()
+            };
+            #[cfg(not(spdk_trace_sections))]
+            let masks = (&raw mut (*file).tpoint_mask).cast::<u64>();
+            masks.add(3).write(1 << 5);
+            g_trace_file = file;
+            assert_eq!(spdk_trace_get_tpoint_mask(3), 1 << 5);
+            assert!(trace_is_on(POINT));
+            assert!(!trace_is_on(trace_point(3, 4)));
+            assert!(!trace_is_on(trace_point(2, 5)));
+            g_trace_file = std::ptr::null_mut();
+        }
+    }
+}
