@@ -5,10 +5,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bdev_repl::cli::demo::launcher::Launcher;
-
-/// 512 are too few for a target with an NVMe-oF transport.
-pub const MEMORY_MB: u32 = 1024;
+use bdev_repl::cli::demo::launcher::{Launcher, SpdkApplication};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Host {
@@ -66,16 +63,20 @@ pub fn module() -> PathBuf {
     module
 }
 
+/// The embedded host.
+pub fn embedded() -> Launcher {
+    Launcher::Embedded {
+        executable: env!("CARGO_BIN_EXE_bdev-repl").into(),
+    }
+}
+
 fn launcher(host: Host) -> Launcher {
     match host {
-        Host::Embedded => Launcher::Embedded {
-            executable: env!("CARGO_BIN_EXE_bdev-repl").into(),
-        },
-        Host::Spdk => Launcher::Spdk {
-            target: spdk_target(),
+        Host::Embedded => embedded(),
+        Host::Spdk => Launcher::Spdk(SpdkApplication {
             module: Some(module()),
-            memory_mb: MEMORY_MB,
-        },
+            ..SpdkApplication::new(spdk_target())
+        }),
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bdev_repl::cli::demo::cluster::{Cluster, ClusterSettings, SUBSYSTEM_NQN, peer};
 use bdev_repl::cli::demo::compare::{self, Replica};
+use bdev_repl::cli::demo::launcher::Launcher;
 use bdev_repl::cli::demo::ledger::{BLOCK_BYTES, Ledger};
 use bdev_repl::cli::demo::load::{Load, LoadPlan, patient};
 use bdev_repl::hosts::embedded::nvme_tcp::blocking::BlockingClient;
@@ -43,12 +44,20 @@ impl Stage {
     /// Two nodes that have not been started, for a volume of this size.
     pub fn new(size_mb: u64, create: Value) -> Stage {
         let launchers = hosts::launchers();
+        // Nodes that sleep when idle share a core; one that does not leaves nothing of its own to the other.
+        let whole = launchers.iter().any(Launcher::takes_cores_whole);
+        let core_masks = ["0x1", if whole { "0x2" } else { "0x1" }];
+        Stage::on(launchers, core_masks, size_mb, create)
+    }
+
+    /// The same on hosts and cores that the test chooses.
+    pub fn on(
+        launchers: [Launcher; 2],
+        core_masks: [&str; 2],
+        size_mb: u64,
+        create: Value,
+    ) -> Stage {
         let turn = hosts::turn(&launchers);
-        // Nodes that sleep when idle share a core; one that does not leaves none of its own for the other.
-        let core_masks = match turn {
-            None => ["0x1", "0x1"],
-            Some(_) => ["0x1", "0x2"],
-        };
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
         let [a, b, link] = network().map(IpAddr::V4);
         let mut all = json!({"size_mb": size_mb});
@@ -76,14 +85,18 @@ impl Stage {
 
     /// Two nodes with a volume declared clean, connected; A is Primary.
     pub fn paired(size_mb: u64, create: Value) -> Stage {
-        let mut stage = Stage::new(size_mb, create);
+        Stage::new(size_mb, create).pair()
+    }
+
+    /// Starts both nodes, with a volume declared clean, and promotes A.
+    pub fn pair(mut self) -> Stage {
         for index in [A, B] {
             let clean = json!({"assume_clean": true});
-            stage.cluster.start(index, &clean).unwrap();
+            self.cluster.start(index, &clean).unwrap();
         }
-        stage.in_sync();
-        stage.promote(A);
-        stage
+        self.in_sync();
+        self.promote(A);
+        self
     }
 
     pub fn in_sync(&mut self) {
@@ -176,21 +189,33 @@ impl Stage {
     /// Compares the data of both backing files with each other and with the ledger. Nothing may be written
     /// meanwhile.
     pub fn compare(&self) {
+        let replica = self.compare_replicas();
+        compare::ledger(&replica, &self.ledger).unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// Compares them with each other only: somebody else has written. Returns A's.
+    pub fn compare_replicas(&self) -> Replica {
         let replicas = [A, B].map(|index| {
             let settings = self.cluster.nodes[index].settings();
             Replica::open(&settings.label.to_string(), &settings.backing).unwrap()
         });
         compare::replicas(&replicas[A], &replicas[B]).unwrap_or_else(|error| panic!("{error}"));
-        compare::ledger(&replicas[A], &self.ledger).unwrap_or_else(|error| panic!("{error}"));
+        let [replica, _] = replicas;
+        replica
     }
 
     /// Ends the load's work: demotes whoever is Primary, stops both nodes, compares.
     pub fn end(mut self, primary: usize) {
+        self.stop_both(primary);
+        self.compare();
+    }
+
+    /// Demotes whoever is Primary and stops both nodes.
+    pub fn stop_both(&mut self, primary: usize) {
         self.demote(primary);
         self.in_sync();
         for index in [A, B] {
             self.cluster.nodes[index].stop().unwrap();
         }
-        self.compare();
     }
 }

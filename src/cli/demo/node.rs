@@ -122,11 +122,7 @@ impl Node {
 
     /// A library that cannot be preloaded is left out by the dynamic linker with no more than a line of output.
     fn look_for_the_module(&mut self) -> Result<(), DemoError> {
-        let Launcher::Spdk {
-            module: Some(module),
-            ..
-        } = self.settings.launcher.clone()
-        else {
+        let Some(module) = self.settings.launcher.module().map(Path::to_owned) else {
             return Ok(());
         };
         let methods = self.call("rpc_get_methods", Value::Null)?;
