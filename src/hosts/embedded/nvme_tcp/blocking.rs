@@ -13,6 +13,7 @@ use super::controller::{
 };
 use super::identify::DiscoveryEntry;
 use super::initiator::{Completion, InitiatorError, InitiatorQueue};
+use super::pdu::Digests;
 use thiserror::Error;
 
 /// Transfers are no longer than this, whatever the controller allows.
@@ -36,6 +37,31 @@ impl Default for Timeouts {
         Timeouts {
             connect: Duration::from_secs(5),
             command: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Who connects, to which namespace, and how.
+#[derive(Clone, Debug)]
+pub struct ClientParameters {
+    pub nsid: u32,
+    pub host_nqn: String,
+    /// CRC32C of PDU headers, on both queues.
+    pub header_digest: bool,
+    /// CRC32C of data, on both queues.
+    pub data_digest: bool,
+    pub timeouts: Timeouts,
+}
+
+impl Default for ClientParameters {
+    /// Namespace 1, as [`BlockingClient::HOST_NQN`], without digests.
+    fn default() -> ClientParameters {
+        ClientParameters {
+            nsid: 1,
+            host_nqn: BlockingClient::HOST_NQN.into(),
+            header_digest: false,
+            data_digest: false,
+            timeouts: Timeouts::default(),
         }
     }
 }
@@ -133,21 +159,22 @@ fn wait(sockets: &[(Option<&TcpStream>, bool)], limit: Duration) {
 fn bring_up(
     address: SocketAddr,
     subsystem_nqn: &str,
-    host_nqn: &str,
-    timeouts: &Timeouts,
+    wanted: &ClientParameters,
     started: Instant,
 ) -> Result<InitiatorController<TcpStream>, ClientError> {
-    let stream = open(address, timeouts)?;
+    let stream = open(address, &wanted.timeouts)?;
     let mut host_id = [0; 16];
-    let digest = crc32c::crc32c(host_nqn.as_bytes()).to_le_bytes();
+    let digest = crc32c::crc32c(wanted.host_nqn.as_bytes()).to_le_bytes();
     for (to, from) in host_id.iter_mut().zip(digest.iter().cycle()) {
         *to = *from;
     }
     let parameters = ControllerParameters {
         // The client may well be silent for long.
         keep_alive_ms: 0,
-        connect_timeout_ms: timeouts.connect.as_millis() as u64,
-        ..ControllerParameters::new(subsystem_nqn, host_nqn, host_id)
+        header_digest: wanted.header_digest,
+        data_digest: wanted.data_digest,
+        connect_timeout_ms: wanted.timeouts.connect.as_millis() as u64,
+        ..ControllerParameters::new(subsystem_nqn, &wanted.host_nqn, host_id)
     };
     let mut controller = InitiatorController::new(stream, parameters)
         .map_err(|source| ClientError::Socket { address, source })?;
@@ -174,7 +201,12 @@ pub fn discover(
     host_nqn: &str,
     timeouts: Timeouts,
 ) -> Result<Vec<DiscoveryEntry>, ClientError> {
-    let controller = bring_up(address, DISCOVERY_NQN, host_nqn, &timeouts, Instant::now())?;
+    let wanted = ClientParameters {
+        host_nqn: host_nqn.into(),
+        timeouts,
+        ..ClientParameters::default()
+    };
+    let controller = bring_up(address, DISCOVERY_NQN, &wanted, Instant::now())?;
     Ok(controller.info().discovery.clone())
 }
 
@@ -185,29 +217,31 @@ impl BlockingClient {
         subsystem_nqn: &str,
         timeouts: Timeouts,
     ) -> Result<BlockingClient, ClientError> {
-        let host_nqn = BlockingClient::HOST_NQN;
-        BlockingClient::connect_as(address, subsystem_nqn, 1, host_nqn, timeouts)
+        let wanted = ClientParameters {
+            timeouts,
+            ..ClientParameters::default()
+        };
+        BlockingClient::connect_with(address, subsystem_nqn, &wanted)
     }
 
     /// The host that [`BlockingClient::connect`] is.
     pub const HOST_NQN: &'static str = "nqn.2014-08.org.nvmexpress:bdev-repl-client";
 
-    /// Connects to a namespace as a host of this name.
-    pub fn connect_as(
+    /// Connects to a namespace of a subsystem.
+    pub fn connect_with(
         address: SocketAddr,
         subsystem_nqn: &str,
-        nsid: u32,
-        host_nqn: &str,
-        timeouts: Timeouts,
+        wanted: &ClientParameters,
     ) -> Result<BlockingClient, ClientError> {
         let started = Instant::now();
-        let controller = bring_up(address, subsystem_nqn, host_nqn, &timeouts, started)?;
+        let timeouts = wanted.timeouts;
+        let controller = bring_up(address, subsystem_nqn, wanted, started)?;
         let mut found = controller.info().namespaces.iter();
-        let namespace = found.find(|namespace| namespace.nsid == nsid).copied();
-        let namespace = namespace.ok_or_else(|| ClientError::NoNamespace {
+        let namespace = found.find(|namespace| namespace.nsid == wanted.nsid);
+        let namespace = *namespace.ok_or_else(|| ClientError::NoNamespace {
             address,
             subsystem_nqn: subsystem_nqn.into(),
-            nsid,
+            nsid: wanted.nsid,
         })?;
         let limit = controller
             .info()
@@ -248,6 +282,11 @@ impl BlockingClient {
 
     pub fn namespace(&self) -> &RemoteNamespace {
         &self.namespace
+    }
+
+    /// Digests of the I/O queue, as the controller has agreed to them.
+    pub fn digests(&self) -> Digests {
+        self.queue.digests()
     }
 
     pub fn info(&self) -> &ControllerInfo {
@@ -415,7 +454,8 @@ impl BlockingClient {
                     if left[piece.request] == 0 {
                         outcome.acknowledged.push(piece.request);
                     }
-                } else if outcome.result.is_ok() && status != NvmeStatus::HOST_PATH_ERROR {
+                } else if outcome.result.is_ok() {
+                    // Of a queue that has failed, `broken` says more, and replaces it below.
                     let lba = piece.lba;
                     outcome.result = Err(ClientError::Command { what, lba, status });
                 }

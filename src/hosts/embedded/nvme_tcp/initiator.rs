@@ -209,6 +209,11 @@ impl<S: Socket> InitiatorQueue<S> {
         self.socket.as_ref()
     }
 
+    /// What the controller has agreed to; none before the queue is ready.
+    pub fn digests(&self) -> Digests {
+        self.digests
+    }
+
     /// Commands that have not been completed.
     pub fn outstanding(&self) -> usize {
         self.slots.len() - self.free.len()

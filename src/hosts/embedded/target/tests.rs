@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::super::disk::FileParameters;
 use super::super::message::Answer;
 use super::super::node::{CoreMask, Node, NodeOptions};
-use super::super::nvme_tcp::blocking::{BlockingClient, ClientError, Timeouts};
+use super::super::nvme_tcp::blocking::{BlockingClient, ClientError, ClientParameters, Timeouts};
 use super::super::nvme_tcp::command::{Sqe, io_opcode};
 use super::super::nvme_tcp::target::{NamespaceParameters, SubsystemParameters};
 use super::super::registry::{self, FileFlavour};
@@ -98,8 +98,12 @@ impl Rig {
     }
 
     fn client_with(&self, nsid: u32, timeouts: Timeouts) -> BlockingClient {
-        let host = BlockingClient::HOST_NQN;
-        BlockingClient::connect_as(self.address, NQN, nsid, host, timeouts).unwrap()
+        let wanted = ClientParameters {
+            nsid,
+            timeouts,
+            ..ClientParameters::default()
+        };
+        BlockingClient::connect_with(self.address, NQN, &wanted).unwrap()
     }
 
     /// Connections and I/O in flight, over all cores.

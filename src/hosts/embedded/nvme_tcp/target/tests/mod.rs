@@ -29,6 +29,8 @@ pub struct RamDisk {
     pub queued: VecDeque<(NamespaceHandle, NvmfIo, RequestHandle)>,
     /// Nothing is completed while set.
     pub frozen: bool,
+    /// Nothing succeeds while set.
+    pub refusal: Option<NvmeStatus>,
     pub flushes: usize,
     pub fua_writes: usize,
     pub unmapped: Vec<(u64, u32)>,
@@ -46,6 +48,7 @@ impl RamDisk {
             bytes: vec![0; BLOCK * BLOCKS as usize],
             queued: VecDeque::new(),
             frozen: false,
+            refusal: None,
             flushes: 0,
             fua_writes: 0,
             unmapped: Vec::new(),
@@ -82,6 +85,9 @@ impl RamDisk {
             };
         }
         assert_eq!(namespace, DISK);
+        if let Some(status) = self.refusal {
+            return (status, 0);
+        }
         match io.kind {
             // SAFETY: as above.
             IoKind::Read => unsafe { io.data.as_mut_slice() }.copy_from_slice(&self.bytes[range]),

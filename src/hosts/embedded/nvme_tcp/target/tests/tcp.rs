@@ -1,7 +1,9 @@
 //! The blocking client against a target behind real sockets.
 
 use super::*;
-use crate::hosts::embedded::nvme_tcp::blocking::{BlockingClient, ClientError, Timeouts, discover};
+use crate::hosts::embedded::nvme_tcp::blocking::{
+    BlockingClient, ClientError, ClientParameters, Timeouts, discover,
+};
 use crate::hosts::embedded::nvme_tcp::initiator::InitiatorError;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -17,6 +19,10 @@ struct Served {
 }
 
 fn serve() -> Served {
+    serve_disk(RamDisk::new())
+}
+
+fn serve_disk(mut disk: RamDisk) -> Served {
     let target = Lab::new(TargetOptions::default()).target;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -25,7 +31,6 @@ fn serve() -> Served {
     let stopped = stop.clone();
     let thread = std::thread::spawn(move || {
         let mut core = TargetCore::<TcpStream>::new(target).unwrap();
-        let mut disk = RamDisk::new();
         while !stopped.load(Ordering::Acquire) {
             if let Ok((stream, _)) = listener.accept() {
                 stream.set_nonblocking(true).unwrap();
@@ -50,6 +55,12 @@ fn serve() -> Served {
         address,
         stop,
         thread: Some(thread),
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
     }
 }
 
@@ -105,6 +116,48 @@ fn the_blocking_client_reads_what_it_wrote_in_any_length() {
     );
     assert!(disk.bytes[14 * BLOCK..][..4096] == bytes[4 * BLOCK..][..4096]);
     assert!(disk.bytes[3000 * BLOCK..][..4096] == second[..]);
+}
+
+#[test]
+fn no_status_but_success_passes_for_an_acknowledgement() {
+    for refusal in [
+        NvmeStatus::HOST_PATH_ERROR,
+        NvmeStatus::LBA_OUT_OF_RANGE,
+        NvmeStatus::INTERNAL_ERROR,
+    ] {
+        let served = serve_disk(RamDisk {
+            refusal: Some(refusal),
+            ..RamDisk::new()
+        });
+        let mut client = BlockingClient::connect(served.address, NQN, Timeouts::default()).unwrap();
+        let outcome = client.write_many(&[(0, &[1; 512]), (8, &[2; 512])]);
+        assert!(outcome.acknowledged.is_empty());
+        assert!(
+            matches!(outcome.result, Err(ClientError::Command { status, .. }) if status == refusal),
+            "{:?}",
+            outcome.result
+        );
+    }
+}
+
+#[test]
+fn a_client_with_digests_reads_what_it_wrote() {
+    for (header_digest, data_digest) in [(true, false), (false, true), (true, true)] {
+        let served = serve();
+        let wanted = ClientParameters {
+            header_digest,
+            data_digest,
+            ..ClientParameters::default()
+        };
+        let mut client = BlockingClient::connect_with(served.address, NQN, &wanted).unwrap();
+        let agreed = client.digests();
+        assert_eq!((agreed.header, agreed.data), (header_digest, data_digest));
+        let bytes = pattern(300 << 10, 5);
+        client.write(1, &bytes).unwrap();
+        let mut back = vec![0; bytes.len()];
+        client.read(1, &mut back).unwrap();
+        assert!(back == bytes);
+    }
 }
 
 #[test]
