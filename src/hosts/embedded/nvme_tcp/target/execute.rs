@@ -93,8 +93,9 @@ impl<S: Socket> TargetConnection<S> {
         } else if let Some(admin) = &self.admin {
             need.length_bytes = admin.data_bytes(&sqe, self.options.max_io_size)?;
         } else if is_fabrics {
+            // As SPDK's target answers, to a second Connect too; SPDK's bdevio insists on it.
             if sqe.fabrics_type() != fabrics_type::DISCONNECT {
-                return Err(NvmeStatus::COMMAND_SEQUENCE_ERROR);
+                return Err(NvmeStatus::INVALID_OPCODE);
             }
         } else {
             let plan = io_command::plan(&sqe, &self.namespaces, self.options.max_io_size, false)?;

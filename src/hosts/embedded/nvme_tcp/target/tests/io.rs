@@ -1,7 +1,7 @@
 //! Data goes where it should, in every way that the transport has.
 
 use super::*;
-use crate::hosts::embedded::nvme_tcp::command::DatasetRange;
+use crate::hosts::embedded::nvme_tcp::command::{DatasetRange, fabrics_type};
 
 #[test]
 fn data_written_is_read_back_with_every_choice_of_digests_and_every_way_of_transfer() {
@@ -276,6 +276,16 @@ fn commands_that_cannot_be_are_refused_with_the_status_that_says_why() {
                 ..read(0, 1)
             },
             512,
+            NvmeStatus::INVALID_OPCODE,
+        ),
+        (
+            Sqe::fabrics(fabrics_type::CONNECT, [0; 6]),
+            0,
+            NvmeStatus::INVALID_OPCODE,
+        ),
+        (
+            Sqe::fabrics(fabrics_type::PROPERTY_GET, [0; 6]),
+            0,
             NvmeStatus::INVALID_OPCODE,
         ),
     ];
