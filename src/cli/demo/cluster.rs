@@ -152,8 +152,8 @@ impl Cluster {
         &self.settings
     }
 
-    /// `bdev_repl_create`, with parameters that only this call has.
-    pub fn create(&mut self, index: usize, more: &Value) -> Result<(), DemoError> {
+    /// Parameters of `bdev_repl_create`, with some that only this call has.
+    pub fn create_parameters(&self, index: usize, more: &Value) -> Value {
         let endpoint = self.nodes[index].settings().endpoint;
         let mut params = json!({
             "name": VOLUME,
@@ -171,6 +171,24 @@ impl Cluster {
                 params[name] = value.clone();
             }
         }
+        params
+    }
+
+    /// Parameters of `bdev_repl_add_peer`: the other node, through the cable.
+    pub fn peer_parameters(&self, index: usize) -> Value {
+        let peer = 1 - index;
+        let address = self.link.address(peer);
+        json!({
+            "name": VOLUME,
+            "node_id": peer,
+            "traddr": address.ip().to_string(),
+            "trsvcid": address.port().to_string(),
+        })
+    }
+
+    /// `bdev_repl_create`, with parameters that only this call has.
+    pub fn create(&mut self, index: usize, more: &Value) -> Result<(), DemoError> {
+        let params = self.create_parameters(index, more);
         self.nodes[index]
             .call("bdev_repl_create", params)
             .map(|_| ())
@@ -178,14 +196,7 @@ impl Cluster {
 
     /// `bdev_repl_add_peer`: the other node, through the cable.
     pub fn add_peer(&mut self, index: usize) -> Result<(), DemoError> {
-        let peer = 1 - index;
-        let address = self.link.address(peer);
-        let params = json!({
-            "name": VOLUME,
-            "node_id": peer,
-            "traddr": address.ip().to_string(),
-            "trsvcid": address.port().to_string(),
-        });
+        let params = self.peer_parameters(index);
         self.nodes[index]
             .call("bdev_repl_add_peer", params)
             .map(|_| ())

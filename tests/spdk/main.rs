@@ -1,0 +1,16 @@
+//! SPDK's own programs against a volume, and both initiators against both targets. Run by
+//! `cargo test --features spdk --test spdk`; what is not installed is looked for in BDEV_REPL_SPDK_TREE, an SPDK source
+//! tree that has been built.
+
+mod blocking;
+mod export;
+#[path = "../e2e/hosts.rs"]
+mod hosts;
+mod remote;
+#[path = "../e2e/stage.rs"]
+#[allow(
+    dead_code,
+    reason = "the scenarios of the end-to-end tests use what is left over here"
+)]
+mod stage;
+mod tools;
