@@ -83,6 +83,27 @@ pub fn attach_goal(volume_uuid: &Uuid, node_id: u8) -> Goal {
     }
 }
 
+/// How the volume on a device would have been asked for; where it listens is not written there.
+pub fn found(superblock: &Superblock, base_bdev: &str) -> CreateVolume {
+    let layout = &superblock.layout;
+    CreateVolume {
+        name: superblock.name.as_str().to_owned(),
+        base_bdev: Some(base_bdev.to_owned()),
+        uuid: Some(Uuid::from_bytes(superblock.volume_uuid)),
+        node_id: superblock.node_id,
+        granularity_kb: 1 << (layout.granularity_log2().saturating_sub(10)),
+        peer_slots: layout.peer_slots(),
+        channel_slots: layout.channel_slots() as u8,
+        al_extents: superblock.al_extents,
+        size_mb: None,
+        data_offset: None,
+        assume_clean: false,
+        has_data: false,
+        force: false,
+        listen: None,
+    }
+}
+
 /// The sizes of the volume on a device with blocks of `block_size`.
 pub fn geometry(superblock: &Superblock, block_size: u32) -> VolumeGeometry {
     let layout = &superblock.layout;

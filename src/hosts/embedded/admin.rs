@@ -11,8 +11,8 @@ use super::initiator::QueueOwner;
 use super::nvme_tcp::controller::{ControllerEvent, ControllerParameters, InitiatorController};
 use super::nvme_tcp::initiator::InitiatorError;
 use super::ring::{Ring, Tag, TagKind};
-use super::slab::{Key, Slab};
 use super::socket::{Readiness, TcpSocket, unwatch, watch_stream};
+use crate::hosts::slab::{Key, Slab};
 
 /// Names a controller on the core that opened it. Stays unique after the controller is gone.
 pub type ControllerKey = Key;

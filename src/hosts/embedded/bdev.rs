@@ -8,7 +8,7 @@ use super::disk::FileDisk;
 use super::malloc::MallocDisk;
 use super::nvme_tcp::buffer::DataPointer;
 use super::nvme_tcp::command::NvmeStatus;
-use super::slab::Key;
+use crate::hosts::slab::Key;
 
 /// A bdev, the same on all cores of the node. An id of a deleted bdev finds nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

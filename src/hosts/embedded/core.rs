@@ -21,10 +21,10 @@ use super::registry::Registry;
 use super::remote::{self, CoreRemotes};
 use super::ring::{Completion, Tag, TagKind};
 use super::rpc::Control;
-use super::slab::{Key, Slab};
 use super::target::{self, CoreTarget};
 use super::timer::{TimerId, Timers};
 use super::volume::{self, CoreVolumes, Port, VolumeMessage};
+use crate::hosts::slab::{Key, Slab};
 
 type Task = Box<dyn FnOnce(&mut Core)>;
 type CompletionTask = Box<dyn FnOnce(&mut Core, IoResult, u32)>;

@@ -14,7 +14,7 @@ use super::bdev::{BdevIo, BdevOp, IoError, IoResult, Ticket};
 use super::nvme_tcp::buffer::{AlignedBuf, DataPointer};
 use super::registry::BdevError;
 use super::ring::{Ring, Tag, TagKind};
-use super::slab::{Key, Slab};
+use crate::hosts::slab::{Key, Slab};
 
 /// How to open a backing file, as `bdev_aio_create` and `bdev_uring_create` name it.
 #[derive(Clone, Debug, PartialEq, Eq)]

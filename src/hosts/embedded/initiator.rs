@@ -14,9 +14,9 @@ use super::nvme_tcp::initiator::{
     Completion, InitiatorError, InitiatorQueue, QueueParameters, SubmitError,
 };
 use super::ring::{Ring, Tag, TagKind};
-use super::slab::{Key, Slab};
 use super::socket::{Readiness, TcpSocket, unwatch, watch_stream};
 use super::timer::TimerId;
+use crate::hosts::slab::{Key, Slab};
 
 /// Names a queue pair of this core. Stays unique after the queue is gone.
 pub type QueueKey = Key;

@@ -9,9 +9,9 @@ use super::core::Core;
 use super::message::Message;
 use super::registry::BdevError;
 use super::ring::{Tag, TagKind};
-use super::slab::{Key, Slab};
 use super::socket::{unwatch, watch_listener};
 use super::target;
+use crate::hosts::slab::{Key, Slab};
 
 struct Listener {
     /// What was asked for: with port 0 not what the socket has.

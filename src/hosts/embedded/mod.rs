@@ -20,7 +20,6 @@ pub mod registry;
 pub mod remote;
 pub mod ring;
 pub mod rpc;
-pub mod slab;
 pub mod socket;
 pub mod target;
 pub mod timer;

@@ -19,8 +19,8 @@ use super::message::Message;
 use super::nvme_tcp::controller::{ControllerEvent, ControllerParameters, RemoteNamespace};
 use super::nvme_tcp::initiator::{InitiatorError, QueueParameters};
 use super::registry::{self, BdevError, BdevOrigin, Registration};
-use super::slab::{Key, Slab};
 use super::target;
+use crate::hosts::slab::{Key, Slab};
 use io::RemoteIo;
 pub use io::{Place, go_on, poll, submit};
 

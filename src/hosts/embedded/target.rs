@@ -19,8 +19,8 @@ use super::nvme_tcp::target::{
 };
 use super::registry::BdevError;
 use super::ring::{Tag, TagKind};
-use super::slab::{Key, Slab};
 use super::socket::{Readiness, TcpSocket, unwatch, watch_stream};
+use crate::hosts::slab::{Key, Slab};
 
 /// How often connections look for what no event announces: Keep Alive, changes of their subsystem.
 const CHECK_NS: u64 = 250_000_000;

@@ -1,6 +1,25 @@
 //! The SPDK host: the bdev module that runs the engine inside an SPDK application.
 //! Compiled with the feature `spdk` only.
+//!
+//! `module` is what SPDK calls; `core` is a CPU and how anything gets in, `volume` the engine there, `io` what it asks of
+//! bdevs. On core 0, `node` takes requests, `opening` looks at backing bdevs, `lifecycle` makes and ends volumes, `link`
+//! reaches peers and `endpoint` lets them in.
 
+mod ana;
 pub mod app;
+mod backing;
+mod bdev;
+mod context;
+mod core;
+mod endpoint;
+mod io;
+mod lifecycle;
+mod link;
+mod log;
 pub mod module;
+mod node;
+mod opening;
+mod rpc;
 pub mod sys;
+mod trace;
+mod volume;

@@ -265,6 +265,67 @@ pub mod multipath {
     };
 }
 
+/// Fills in a command: its opcode, and `words` as CDW2, CDW3 and CDW10 to CDW15 (NVM Express Base Specification,
+/// common command format). The namespace is bdev_nvme's to fill in.
+pub fn set_command(command: &mut spdk_nvme_cmd, opcode: u8, words: [u32; 8]) {
+    let mut raw = [0_u32; 16];
+    raw[0] = u32::from(opcode);
+    raw[2..4].copy_from_slice(&words[..2]);
+    raw[10..].copy_from_slice(&words[2..]);
+    // SAFETY: a command is 64 bytes of plain data, which bindgen asserts.
+    *command = unsafe { std::mem::transmute::<[u32; 16], spdk_nvme_cmd>(raw) };
+}
+
+/// Opcode and the words that [`set_command`] sets.
+pub fn command_words(command: &spdk_nvme_cmd) -> (u8, [u32; 8]) {
+    let source: *const spdk_nvme_cmd = command;
+    // SAFETY: as above; a command may be aligned to less than a word.
+    let raw = unsafe { source.cast::<[u32; 16]>().read_unaligned() };
+    let mut words = [0; 8];
+    words[..2].copy_from_slice(&raw[2..4]);
+    words[2..].copy_from_slice(&raw[10..]);
+    (raw[0] as u8, words)
+}
+
+pub fn uuid_from(uuid: &uuid::Uuid) -> spdk_uuid {
+    // SAFETY: 16 bytes of plain data.
+    unsafe { std::mem::transmute::<[u8; 16], spdk_uuid>(*uuid.as_bytes()) }
+}
+
+pub fn uuid_of(uuid: &spdk_uuid) -> uuid::Uuid {
+    // SAFETY: as above.
+    uuid::Uuid::from_bytes(unsafe { std::mem::transmute::<spdk_uuid, [u8; 16]>(*uuid) })
+}
+
+/// A string of SPDK's; empty for null.
+///
+/// # Safety
+/// `text` is null, or ends with a zero.
+pub unsafe fn text(text: *const std::ffi::c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's word.
+    unsafe { std::ffi::CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// The module that has claimed a bdev for itself alone; null if none has.
+///
+/// # Safety
+/// `bdev` lives.
+pub unsafe fn claiming_module(bdev: *const spdk_bdev) -> *mut spdk_bdev_module {
+    // SAFETY: the caller's word; the union has this part with this kind of claim.
+    unsafe {
+        if (*bdev).internal.claim_type == SPDK_BDEV_CLAIM_EXCL_WRITE {
+            (*bdev).internal.claim.v1.module
+        } else {
+            std::ptr::null_mut()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

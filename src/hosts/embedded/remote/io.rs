@@ -11,7 +11,7 @@ use crate::hosts::embedded::initiator::QueueKey;
 use crate::hosts::embedded::nvme_tcp::buffer::DataPointer;
 use crate::hosts::embedded::nvme_tcp::command::{Sqe, io_opcode};
 use crate::hosts::embedded::nvme_tcp::initiator::SubmitError;
-use crate::hosts::embedded::slab::Key;
+use crate::hosts::slab::Key;
 
 /// NLB has 16 bits, and is one less.
 const BLOCKS_MAX: u64 = 1 << 16;

@@ -16,7 +16,7 @@ use crate::host::{
 use crate::hosts::embedded::bdev::Ticket;
 use crate::hosts::embedded::initiator::QueueKey;
 use crate::hosts::embedded::nvme_tcp::buffer::{AlignedBuf, DataPointer};
-use crate::hosts::embedded::slab::Key;
+use crate::hosts::slab::Key;
 
 /// Entries of a queue pair to a peer; one less can be outstanding.
 pub(super) const QUEUE_ENTRIES: u16 = 128;

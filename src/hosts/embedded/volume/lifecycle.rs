@@ -12,7 +12,6 @@ use super::super::core::Core;
 use super::super::initiator;
 use super::super::nvme_tcp::target::{ListenerAddress, NamespaceParameters, SubsystemParameters};
 use super::super::registry::{self, BdevOrigin, Registration};
-use super::super::slab::Slab;
 use super::super::target;
 use super::context::Context;
 use super::control::{Control, Pending, bdev_error, control_of, give_order, next_order};
@@ -26,6 +25,7 @@ use crate::hosts::control::endpoint::{
     ENDPOINT_MODEL, ENDPOINT_NSID, endpoint_name, endpoint_nqn, endpoint_uuid,
 };
 use crate::hosts::control::{device, refusal};
+use crate::hosts::slab::Slab;
 use crate::rpc::volume::{Address, CreateVolume};
 use crate::rpc::{Reply, RpcError};
 

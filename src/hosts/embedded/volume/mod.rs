@@ -20,7 +20,6 @@ use super::initiator::{QueueChange, QueueKey};
 use super::nvme_tcp::buffer::DataPointer;
 use super::nvme_tcp::command::{NvmeStatus, Sqe};
 use super::nvme_tcp::controller::ControllerEvent;
-use super::slab::{Key, Slab};
 use crate::engine::MAX_PEERS;
 use crate::engine::channel::{AppIo, Channel, TOKEN_MANAGER};
 use crate::engine::manager::Manager;
@@ -31,6 +30,7 @@ use crate::engine::request::RequestKind;
 use crate::host::{AppStatus, Completion, Data, DiskIo, DiskOp, IoStatus, PeerSlot, Token};
 use crate::hosts::control::endpoint::ENDPOINT_NSID;
 use crate::hosts::control::received;
+use crate::hosts::slab::{Key, Slab};
 
 pub use control::{config, request};
 

@@ -4,11 +4,11 @@
 use super::super::bdev::{BdevIo, BdevOp, IoError, IoResult, Ticket};
 use super::super::core::Core;
 use super::super::nvme_tcp::buffer::DataPointer;
-use super::super::slab::Key;
 use super::context::AppHandle;
 use super::submit_app;
 use crate::engine::request::RequestKind;
 use crate::hosts::control::split::Parts;
+use crate::hosts::slab::Key;
 
 /// A long I/O.
 pub(super) struct Split {

@@ -1,0 +1,362 @@
+//! Volumes come and go, on core 0: on every core, in SPDK, and as an endpoint for peers. Every step waits for the one
+//! before, on all cores.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use serde_json::json;
+use uuid::Uuid;
+
+use super::backing::{self, Backing};
+use super::bdev::{self, Parameters, Port};
+use super::context::Context;
+use super::core::{Job, State, all, manager_core, on_all};
+use super::node::{Control, Pending, give_order};
+use super::volume::{CoreVolume, with_manager};
+use super::{endpoint, link, sys};
+use crate::engine::channel::Channel;
+use crate::engine::manager::{Manager, Order};
+use crate::engine::message::ToManager;
+use crate::engine::open::Opened;
+use crate::engine::volume::Shared;
+use crate::hosts::control::endpoint::{endpoint_name, endpoint_uuid};
+use crate::hosts::control::{device, refusal};
+use crate::rpc::volume::CreateVolume;
+use crate::rpc::{Reply, RpcError};
+
+/// The device is open: the volume comes to be, on every core. `is_found`: by itself.
+pub fn start(
+    state: &mut State,
+    volume: u32,
+    create: CreateVolume,
+    backing: Backing,
+    opened: Opened,
+    reply: Reply,
+    is_found: bool,
+) {
+    let cores = all().len();
+    if let Err(error) = device::check_cores(&opened.superblock, cores) {
+        backing::close(&backing, true);
+        return reply.fail(error);
+    }
+    let block_size = backing.block_size;
+    let geometry = device::geometry(&opened.superblock, block_size);
+    let active_extents: Arc<Vec<AtomicU32>> =
+        Arc::new((0..cores).map(|_| AtomicU32::new(0)).collect());
+    state.node.controls.push(Control {
+        volume,
+        uuid: Uuid::from_bytes(opened.superblock.volume_uuid),
+        create,
+        backing: None,
+        listen: None,
+        geometry,
+        alignment: backing.alignment,
+        active_extents: Arc::clone(&active_extents),
+        orders: Vec::new(),
+        deleting: false,
+        is_published: false,
+        is_found,
+        bdev: None,
+        endpoint: None,
+        links: Default::default(),
+    });
+    let shared = Arc::new(Shared::new(geometry));
+    let for_manager = Arc::clone(&shared);
+    on_all(
+        move |state| {
+            let this = CoreVolume {
+                channel: Channel::new(state.core.index, Arc::clone(&shared)),
+                manager: None,
+                context: Context::new(),
+                disk: None,
+                block_size,
+                overflow: VecDeque::new(),
+                waiting: VecDeque::new(),
+                wait_entry: Box::new(sys::spdk_bdev_io_wait_entry::default()),
+                is_waiting: false,
+                active_extents: Arc::clone(&active_extents),
+                next_manager_poll_ns: 0,
+                manager_stirred: false,
+            };
+            let index = volume as usize;
+            if state.volumes.len() <= index {
+                state.volumes.resize_with(index + 1, || None);
+            }
+            state.volumes[index] = Some(Box::new(this));
+        },
+        move |state| {
+            if let Some(this) = state.volume(volume) {
+                let channels = (0..cores).collect();
+                let superblock = opened.superblock.clone();
+                this.manager = Some(Manager::new(for_manager, superblock, channels));
+            }
+            start_attach(state, volume, backing, opened, Pending::Create(reply));
+        },
+    );
+}
+
+/// Every core gets the device, then the manager starts using it.
+pub fn start_attach(
+    state: &mut State,
+    volume: u32,
+    backing: Backing,
+    opened: Opened,
+    pending: Pending,
+) {
+    let id = state.node.next_order();
+    let Some(control) = state.node.control(volume) else {
+        return backing::close(&backing, true);
+    };
+    control.backing = Some(backing.clone());
+    control.orders.push((id, pending));
+    on_all(
+        move |state| {
+            let disk = backing.disk();
+            if let Some(this) = state.volume(volume) {
+                this.disk = disk;
+            } else if let Some(disk) = disk {
+                disk.put();
+            }
+        },
+        move |state| {
+            with_manager(state, volume, |manager, cx| {
+                manager.expect_attach(cx, id);
+                manager.attach(cx, opened);
+            });
+        },
+    );
+}
+
+/// The volume has its disk: its bdevs and its endpoint appear.
+pub fn publish(state: &mut State, volume: u32, reply: Reply) {
+    let Some(control) = state.node.control(volume) else {
+        return reply.fail(refusal::gone());
+    };
+    let endpoint = Parameters {
+        name: endpoint_name(&control.create.name),
+        volume,
+        port: Port::Peers,
+        uuid: endpoint_uuid(&control.uuid, control.create.node_id),
+        geometry: control.geometry,
+        alignment: 0,
+    };
+    let registered = register_volume(control)
+        .and_then(|()| bdev::register(endpoint))
+        .map(|endpoint| control.endpoint = Some(endpoint));
+    if let Err(errno) = registered {
+        let text = format!(
+            "the bdevs of volume '{}' cannot be registered",
+            control.create.name
+        );
+        return undo(state, volume, RpcError::errno(errno, text), reply);
+    }
+    control.is_published = true;
+    export(state, volume, reply);
+}
+
+/// Registers the bdev that applications use.
+fn register_volume(control: &mut Control) -> Result<(), i32> {
+    let bdev = bdev::register(Parameters {
+        name: control.create.name.clone(),
+        volume: control.volume,
+        port: Port::Application,
+        uuid: control.uuid,
+        geometry: control.geometry,
+        alignment: control.alignment,
+    })?;
+    control.bdev = Some(bdev);
+    Ok(())
+}
+
+/// Lets peers in, where the volume is to listen.
+fn export(state: &mut State, volume: u32, reply: Reply) {
+    let Some(control) = state.node.control(volume) else {
+        return reply.fail(refusal::gone());
+    };
+    let name = control.create.name.clone();
+    let Some(address) = control.create.listen else {
+        return reply.ok(name);
+    };
+    endpoint::export(
+        state,
+        volume,
+        address,
+        move |state, outcome| match outcome {
+            Ok(local) => {
+                if let Some(control) = state.node.control(volume) {
+                    control.listen = local;
+                }
+                reply.ok(name);
+            }
+            Err(error) => undo(state, volume, error, reply),
+        },
+    );
+}
+
+/// A volume that came back by itself is what a configuration asks for: the rest of it is added.
+pub fn complete_found(state: &mut State, volume: u32, create: CreateVolume, reply: Reply) {
+    if let Some(control) = state.node.control(volume) {
+        control.is_found = false;
+        control.create = CreateVolume {
+            uuid: Some(control.uuid),
+            ..create
+        };
+    }
+    export(state, volume, reply);
+}
+
+/// A volume that could not be published goes again.
+pub fn undo(state: &mut State, volume: u32, error: RpcError, reply: Reply) {
+    remove(state, volume, move |_, _| reply.fail(error));
+}
+
+pub fn delete(state: &mut State, name: &str, reply: Reply) {
+    let volume = match state.node.named(name) {
+        Ok(control) => control.volume,
+        Err(error) => return reply.fail(error),
+    };
+    remove(state, volume, move |_, outcome| {
+        reply.answer(outcome.map(|()| json!(true)));
+    });
+}
+
+/// Ends a volume: its I/O, its connections, its disk, its bdevs; its metadata stays.
+pub fn remove(
+    state: &mut State,
+    volume: u32,
+    then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
+) {
+    let Some(control) = state.node.control(volume) else {
+        return then(state, Ok(()));
+    };
+    control.deleting = true;
+    let pending = Pending::Delete(Box::new(move |state, outcome| match outcome {
+        Ok(()) => {
+            let close = move |state: &mut State| remove_bdevs(state, volume, then);
+            link::close_all(state, volume, Box::new(close));
+        }
+        Err(error) => {
+            if let Some(control) = state.node.control(volume) {
+                control.deleting = false;
+            }
+            then(state, Err(error));
+        }
+    }));
+    give_order(state, volume, Order::Close, pending);
+}
+
+fn remove_bdevs(
+    state: &mut State,
+    volume: u32,
+    then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
+) {
+    endpoint::unexport(state, volume, move |state| {
+        let Some(control) = state.node.control(volume) else {
+            return then(state, Ok(()));
+        };
+        let bdevs = [control.bdev.take(), control.endpoint.take()];
+        let bdevs: Vec<_> = bdevs.into_iter().flatten().collect();
+        unregister(bdevs, Box::new(move |state| forget(state, volume, then)));
+    });
+}
+
+fn unregister(mut bdevs: Vec<bdev::Registered>, then: Job) {
+    let Some(core) = manager_core() else {
+        return;
+    };
+    match bdevs.pop() {
+        Some(bdev) => core.send(move |_| {
+            bdev.unregister(move || unregister(bdevs, then));
+        }),
+        None => core.send(then),
+    }
+}
+
+fn forget(
+    state: &mut State,
+    volume: u32,
+    then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
+) {
+    // The engine has let go of a disk by now; what it has not is let go of here.
+    disk_closed(state, volume);
+    on_all(
+        move |state| {
+            if let Some(slot) = state.volumes.get_mut(volume as usize) {
+                *slot = None;
+            }
+        },
+        move |state| {
+            state
+                .node
+                .controls
+                .retain(|control| control.volume != volume);
+            then(state, Ok(()));
+        },
+    );
+}
+
+/// The engine has let go of the backing bdev on all cores.
+pub fn disk_closed(state: &mut State, volume: u32) {
+    let Some(backing) = state
+        .node
+        .control(volume)
+        .and_then(|control| control.backing.clone())
+    else {
+        return;
+    };
+    let desc = backing.desc;
+    on_all(
+        move |state| {
+            if let Some(this) = state.volume(volume)
+                && let Some(disk) = this.disk.take_if(|disk| std::ptr::eq(disk.desc, desc))
+            {
+                disk.put();
+            }
+        },
+        move |state| {
+            let control = state.node.control(volume);
+            let own = control
+                .and_then(|control| control.backing.take_if(|own| std::ptr::eq(own.desc, desc)));
+            if let Some(backing) = own {
+                backing::close(&backing, true);
+            }
+        },
+    );
+}
+
+/// A bdev goes away under its volume: a failure of the disk, which the volume outlives.
+pub fn backing_removed(state: &mut State, name: &str) {
+    let volume = state.node.controls.iter().find_map(|control| {
+        let own = control.backing.as_ref()?;
+        (own.name == name).then_some(control.volume)
+    });
+    if let Some(volume) = volume {
+        tracing::error!("backing bdev {name} was removed");
+        with_manager(state, volume, |manager, cx| {
+            manager.message(cx, ToManager::DiskFailed);
+        });
+    }
+}
+
+/// Ends all volumes, one after the other, then `then`. An error leaves a volume as a crash would.
+pub fn shutdown(state: &mut State, then: Job) {
+    let next = state
+        .node
+        .controls
+        .iter()
+        .find(|control| !control.deleting)
+        .map(|control| control.volume);
+    match next {
+        Some(volume) => remove(state, volume, move |state, outcome| {
+            if let Err(error) = outcome {
+                tracing::error!("a volume does not close: {}", error.message);
+                if let Some(control) = state.node.control(volume) {
+                    control.deleting = true;
+                }
+            }
+            shutdown(state, then);
+        }),
+        None => then(state),
+    }
+}
