@@ -350,7 +350,8 @@ impl<H: Host> Manager<H> {
         let now = cx.now_ns();
         let peer = &mut self.peers[slot];
         peer.established = true;
-        peer.role = theirs.role;
+        // It may have told us more than its Hello did, while it was ahead of us.
+        peer.role = peer.early_state.map_or(theirs.role, |state| state.role);
         peer.current_generation = theirs.current_generation;
         peer.heard_ns = now;
         peer.ping_sent_ns = now;

@@ -69,6 +69,10 @@ pub(super) enum Work {
     /// All peers have agreed; nobody else may be promoted any more.
     Committing,
     Demoting,
+    /// Peers in the mask may still take this node for the Primary.
+    Demoted {
+        waiting: u8,
+    },
     /// The disk is being let go.
     Leaving,
     /// Steps are under way that end by themselves.
@@ -156,7 +160,7 @@ impl<H: Host> Manager<H> {
         self.is_under_way(|work| matches!(work, Work::Leaving))
     }
 
-    fn start_order(&mut self, cx: &H, id: OrderId, work: Work) {
+    pub(super) fn start_order(&mut self, cx: &H, id: OrderId, work: Work) {
         self.orders.push(Running {
             id,
             deadline_ns: cx.now_ns() + ORDER_TIMEOUT_NS,
@@ -369,6 +373,8 @@ impl<H: Host> Manager<H> {
                     let text = format!("the peers in slots {waiting:#b} did not answer; try again");
                     ended.push((order.id, busy(text)));
                 }
+                // It is Secondary, whoever has not taken it in.
+                Work::Demoted { .. } if now >= order.deadline_ns => ended.push((order.id, Ok(()))),
                 _ => {}
             }
         }
@@ -381,21 +387,6 @@ impl<H: Host> Manager<H> {
             self.abort_prepared(id);
             self.order_ended(cx, id, outcome);
         }
-    }
-
-    fn demote(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
-        let promoting =
-            self.is_under_way(|work| matches!(work, Work::Promoting { .. } | Work::Committing));
-        if promoting || self.is_leaving() {
-            return Some(busy("the volume is being promoted or detached; try again"));
-        }
-        if self.view.role != Role::Primary {
-            return Some(Ok(()));
-        }
-        self.view.role = Role::Secondary;
-        self.start_order(cx, id, Work::Demoting);
-        self.adopt(cx, Then::OrderStep(id, OrderStep::DemoteAdopted));
-        None
     }
 
     fn detach(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
@@ -476,23 +467,13 @@ impl<H: Host> Manager<H> {
                 self.hello_changed(cx);
                 self.adopt(cx, Then::OrderStep(id, OrderStep::PromoteAdopted));
             }
-            OrderStep::PromoteAdopted | OrderStep::DemoteDurable => {
+            OrderStep::PromoteAdopted => {
                 self.tell_all();
                 self.order_ended(cx, id, Ok(()));
             }
-            OrderStep::DemoteAdopted => {
-                self.hello_changed(cx);
-                self.drain(
-                    cx,
-                    Drain::Application,
-                    Then::OrderStep(id, OrderStep::DemoteDrained),
-                );
-            }
-            OrderStep::DemoteDrained => {
-                self.superblock.flags.primary = false;
-                self.commit_pages(cx, Then::Nothing);
-                self.commit_superblock(cx, Then::OrderStep(id, OrderStep::DemoteDurable));
-            }
+            OrderStep::DemoteAdopted => self.demote_adopted(cx, id),
+            OrderStep::DemoteDrained => self.demote_drained(cx, id),
+            OrderStep::DemoteDurable => self.demote_durable(cx, id),
             OrderStep::DetachHeld => {
                 self.drain(
                     cx,

@@ -21,6 +21,8 @@ pub(super) enum Call {
     Confirm(u32),
     Ping,
     State,
+    /// The state of a node that this order has made Secondary.
+    Demoted(OrderId),
     Bitmap,
     BitmapEnd,
     SyncStart,
@@ -157,6 +159,7 @@ impl<H: Host> Manager<H> {
             Call::Ping => {
                 self.peers[slot].ping_in_flight = false;
             }
+            Call::Demoted(order) => self.peer_knows_demotion(cx, slot, Some(order)),
             Call::Bitmap => self.send_bitmap(cx, slot),
             Call::BitmapEnd => self.bitmap_sent(cx, slot),
             Call::SyncStart => self.target_started(cx, slot),

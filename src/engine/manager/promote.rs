@@ -180,6 +180,7 @@ impl<H: Host> Manager<H> {
         for id in ids {
             self.check_promoting(cx, id);
         }
+        self.peer_knows_demotion(cx, slot, None);
     }
 
     pub(super) fn check_promoting(&mut self, cx: &mut H, id: OrderId) {

@@ -14,6 +14,11 @@ use crate::host::{Host, PeerSlot};
 impl<H: Host> Manager<H> {
     /// Tells a peer how things are here.
     pub(super) fn tell_state(&mut self, slot: PeerSlot) {
+        self.tell_state_for(slot, Call::State);
+    }
+
+    /// The same; `call` is what the answer is for.
+    pub(super) fn tell_state_for(&mut self, slot: PeerSlot, call: Call) {
         if !self.peers[slot].established {
             return;
         }
@@ -50,7 +55,7 @@ impl<H: Host> Manager<H> {
             sequence,
             len: StateBody::BYTES as u32,
         };
-        self.call(slot, command, body.emit().to_vec(), Call::State);
+        self.call(slot, command, body.emit().to_vec(), call);
     }
 
     pub(super) fn tell_all(&mut self) {

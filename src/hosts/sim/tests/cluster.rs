@@ -1,7 +1,9 @@
 //! Who may be Primary, and what happens when two were.
 
 use crate::engine::manager::Order;
+use crate::engine::message::OrderOutcome;
 use crate::engine::meta::format::Content;
+use crate::engine::peer::command::opcode;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::hosts::sim::world::{Config, MS, SECOND, World};
 
@@ -87,6 +89,83 @@ fn a_second_primary_is_refused() {
     }
     world.carry_out(0, Order::Demote);
     world.promote(1);
+}
+
+/// Gives an order and returns in the step in which it has ended.
+fn promptly(world: &mut World, node: usize, order: Order) -> OrderOutcome {
+    let id = world.order(node, order);
+    loop {
+        if let Some(outcome) = world.outcome(node, id) {
+            return outcome.clone();
+        }
+        world.step();
+    }
+}
+
+#[test]
+fn a_peer_can_be_promoted_at_the_moment_when_demote_has_ended() {
+    for seed in 0..40 {
+        let config = Config {
+            cores: 1 + (seed % 2) as usize,
+            scarcity_percent: seed % 3 * 5,
+            repeat_percent: seed % 4 * 5,
+            ..Config::default()
+        };
+        let mut world = World::clean_cluster(seed, config);
+        world.promote(0);
+        for turn in 0..4 {
+            let (one, other) = (turn % 2, 1 - turn % 2);
+            world.submit_random_write(one);
+            assert_eq!(promptly(&mut world, one, Order::Demote), Ok(()));
+            let promoted = promptly(&mut world, other, Order::Promote { force: false });
+            assert_eq!(promoted, Ok(()), "seed {seed}, turn {turn}");
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_enters_the_session_late_can_be_promoted_at_once_too() {
+    let mut behind = 0;
+    for seed in 0..200 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.promote(0);
+        world.reset(0, 1);
+        while world.peer(0, 1).conn == ConnState::Connected {
+            world.step();
+        }
+        while world.peer(0, 1).conn != ConnState::Connected {
+            world.step();
+        }
+        behind += u32::from(world.peer(1, 0).conn < ConnState::Connected);
+        assert_eq!(promptly(&mut world, 0, Order::Demote), Ok(()));
+        let promoted = promptly(&mut world, 1, Order::Promote { force: false });
+        assert_eq!(promoted, Ok(()), "seed {seed}");
+    }
+    assert!(behind > 0, "node 1 was never behind");
+}
+
+#[test]
+fn demote_ends_without_a_peer_that_does_not_answer() {
+    for lost in [false, true] {
+        let mut world = World::clean_cluster(1, Config::default());
+        world.promote(0);
+        world.catch(opcode::STATE_PUT);
+        let id = world.order(0, Order::Demote);
+        world.run_until("the peer is told", SECOND, |world| world.caught() > 0);
+        world.run_for(100 * MS);
+        assert_eq!(world.outcome(0, id), None, "it must not end before");
+        if lost {
+            world.cut(0, 1);
+        }
+        let limit_ns = if lost { SECOND } else { 10 * SECOND };
+        world.run_until("it has ended", limit_ns, |world| {
+            world.outcome(0, id) == Some(&Ok(()))
+        });
+        assert!(!world.is_primary(0));
+        world.heal(0, 1);
+        world.let_go();
+        world.settle();
+    }
 }
 
 #[test]
