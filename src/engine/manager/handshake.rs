@@ -188,7 +188,7 @@ impl<H: Host> Manager<H> {
         };
         let peer = &mut self.peers[slot];
         if peer.their_hello != Some(theirs) && !peer.hellos.is_newest(theirs.nonce) {
-            // Of a session that is over, or replaced: it must not end what has begun since. Whoever still waits for
+            // Late: it must not end what has begun since. Whoever still waits for
             // this answer puts a new one.
             return self.answer(cx, reply, PeerAnswer::NotYet);
         }

@@ -313,6 +313,26 @@ fn a_hello_that_arrives_late_ends_no_later_session() {
     }
 }
 
+/// Node 1 knows nothing of the times before, so it cannot know which of two Hellos is the later one.
+#[test]
+fn a_hello_from_before_both_nodes_started_again_does_not_keep_them_apart() {
+    for seed in 0..10 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.keep_copies(Some(opcode::HELLO_PUT));
+        world.reset(0, 1);
+        world.run_for(300 * MS);
+        world.keep_copies(None);
+        for node in 0..2 {
+            world.kill(node);
+            world.restart(node);
+        }
+        world.settle();
+        world.repeat_kept();
+        world.run_for(MS);
+        world.settle();
+    }
+}
+
 #[test]
 fn what_a_peer_told_before_replaces_nothing_newer() {
     for seed in 0..20 {
