@@ -6,6 +6,7 @@ mod blocking;
 mod export;
 #[path = "../e2e/hosts.rs"]
 mod hosts;
+mod inside;
 mod remote;
 #[path = "../e2e/stage.rs"]
 #[allow(

@@ -17,6 +17,8 @@ use serde_json::Value;
 use crate::hosts;
 use crate::stage::{PATIENCE, Stage};
 
+/// A library of SPDK: the subsystem that the programs without a target are not linked with.
+const NVMF_SUBSYSTEM: &str = "libspdk_event_nvmf.so";
 /// Where a program runs while nodes that share a core run on the first.
 pub const SECOND_CORE: &str = "0x2";
 /// bdevio insists on three cores; these are two CPUs.
@@ -68,6 +70,15 @@ pub fn stock(program: PathBuf, arguments: &[&str]) -> SpdkApplication {
     SpdkApplication {
         arguments: arguments.iter().copied().map(String::from).collect(),
         ..SpdkApplication::new(program)
+    }
+}
+
+/// The same with the module and the target that it needs: this can be a node.
+pub fn with_module(program: PathBuf, arguments: &[&str]) -> SpdkApplication {
+    SpdkApplication {
+        libraries: vec![NVMF_SUBSYSTEM.into()],
+        module: Some(hosts::module()),
+        ..stock(program, arguments)
     }
 }
 
