@@ -155,6 +155,31 @@ fn has_cache_below() -> bool {
     false
 }
 
+fn claimed(name: &str) -> RpcError {
+    let holder = CString::new(name)
+        .ok()
+        .and_then(|text| {
+            // SAFETY: the text lives during the call, on the application's thread, where bdevs come and go.
+            unsafe {
+                let bdev = sys::spdk_bdev_get_by_name(text.as_ptr());
+                if bdev.is_null() {
+                    return None;
+                }
+                let module = sys::claiming_module(bdev);
+                if module.is_null() {
+                    return None;
+                }
+                Some(if std::ptr::eq(module, module::get()) {
+                    "bdev_repl".to_owned()
+                } else {
+                    sys::text((*module).name)
+                })
+            }
+        })
+        .unwrap_or_else(|| "another module".to_owned());
+    RpcError::not_permitted(format!("bdev {name} is claimed by {holder}"))
+}
+
 /// Opens a bdev and claims it.
 ///
 /// # Errors
@@ -162,15 +187,13 @@ fn has_cache_below() -> bool {
 pub fn open(name: &str) -> Result<Backing, RpcError> {
     let backing = look(name)?;
     // SAFETY: the descriptor is open; the module lives for ever.
-    let claimed = unsafe {
+    let result = unsafe {
         let bdev = sys::spdk_bdev_desc_get_bdev(backing.desc);
         sys::spdk_bdev_module_claim_bdev(bdev, backing.desc, module::get())
     };
-    if claimed != 0 {
+    if result != 0 {
         close_only(&backing);
-        return Err(RpcError::busy(format!(
-            "bdev {name} is claimed by another module or volume"
-        )));
+        return Err(claimed(name));
     }
     Ok(backing)
 }
@@ -202,9 +225,7 @@ pub fn look(name: &str) -> Result<Backing, RpcError> {
             )));
         }
         errno if errno == -libc::EPERM => {
-            return Err(RpcError::busy(format!(
-                "bdev {name} is claimed by another module"
-            )));
+            return Err(claimed(name));
         }
         errno => {
             return Err(RpcError::errno(
