@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use bdev_repl::cli::demo::cluster::VOLUME;
+use bdev_repl::cli::demo::cluster::{SUBSYSTEM_NQN, VOLUME};
 use bdev_repl::cli::demo::launcher::Launcher;
 use serde_json::{Value, json};
 
@@ -18,6 +18,14 @@ const SIZE_MB: u64 = 64;
 fn pair(program: PathBuf, arguments: &[&str], core_mask: &str) -> Stage {
     let hosts = [Launcher::Spdk(with_module(program, arguments)), embedded()];
     Stage::on(hosts, [core_mask, "0x2"], SIZE_MB, Value::Null).pair()
+}
+
+/// The target has claimed what it exports: the program gets it for itself.
+fn take_from_target(stage: &mut Stage) {
+    let params = json!({"nqn": SUBSYSTEM_NQN, "nsid": 1});
+    stage.cluster.nodes[A]
+        .call("nvmf_subsystem_remove_ns", params)
+        .unwrap();
 }
 
 /// Stops both nodes; whatever has been written must be on both.
@@ -34,6 +42,7 @@ fn bdevio_passes_all_its_tests_on_the_volume() {
         return;
     };
     let mut stage = pair(bdevio, &["-w"], THREE_CORES_ON_TWO);
+    take_from_target(&mut stage);
     let failures = stage.cluster.nodes[A]
         .call("perform_tests", json!({"name": VOLUME}))
         .unwrap();
@@ -59,6 +68,7 @@ fn bdevperf_verifies_what_it_writes_to_the_volume_from_one_core_and_from_two() {
             arguments.extend(["-M", "50"]);
         }
         let mut stage = pair(bdevperf.clone(), &arguments, cores);
+        take_from_target(&mut stage);
         let told = stage.cluster.nodes[A]
             .call("perform_tests", Value::Null)
             .unwrap();
