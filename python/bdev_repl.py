@@ -38,6 +38,21 @@ def _listen_address(args):
     return {name: value for name, value in address.items() if value is not None}
 
 
+def _ana_listener(text):
+    """Takes a listener apart, written as SPDK's transport ids are: "traddr:10.0.0.1 trsvcid:4420 subnqn:nqn...."."""
+    listener = {}
+    for part in text.split():
+        name, _, value = part.partition(":")
+        name = "nqn" if name == "subnqn" else name
+        if name not in ("nqn", "trtype", "adrfam", "traddr", "trsvcid", "anagrpid") or not value:
+            raise ValueError(part)
+        listener[name] = int(value) if name == "anagrpid" else value
+    return listener
+
+
+_ana_listener.__name__ = "listener ('traddr:ADDRESS trsvcid:PORT subnqn:NQN [anagrpid:N] [trtype:TCP|RDMA]')"
+
+
 def bdev_repl_create(args):
     _print(_call(args, "bdev_repl_create",
                  name=args.name,
@@ -53,7 +68,8 @@ def bdev_repl_create(args):
                  assume_clean=_true_if_set(args.assume_clean),
                  has_data=_true_if_set(args.has_data),
                  force=_true_if_set(args.force),
-                 listen_address=_listen_address(args)))
+                 listen_address=_listen_address(args),
+                 ana_listeners=args.ana_listener))
 
 
 def bdev_repl_delete(args):
@@ -129,7 +145,8 @@ def bdev_repl_set_options(args):
           ping_interval_ms=args.ping_interval_ms,
           ping_timeout_ms=args.ping_timeout_ms,
           connect_interval_ms=args.connect_interval_ms,
-          resync_rate_mb=args.resync_rate_mb)
+          resync_rate_mb=args.resync_rate_mb,
+          ana_listeners=[] if args.no_ana_listeners else args.ana_listener)
 
 
 def spdk_rpc_plugin_initialize(subparsers):
@@ -162,6 +179,9 @@ def spdk_rpc_plugin_initialize(subparsers):
     p.add_argument("-a", "--traddr", help="IP address on which the peers reach this node")
     p.add_argument("-s", "--trsvcid", help="Port on which the peers reach this node")
     p.add_argument("-f", "--adrfam", help="Address family: ipv4 or ipv6. Default: that of the address")
+    p.add_argument("--ana-listener", action="append", type=_ana_listener, metavar="LISTENER",
+                   help="Listener whose ANA state follows the role: 'traddr:ADDRESS trsvcid:PORT subnqn:NQN', and"
+                        " 'anagrpid:N' unless it is the group of the volume's own namespace; may be given repeatedly")
 
     _with_name(subparsers, "bdev_repl_delete",
                "Delete a volume; its data and metadata stay on the base bdev", bdev_repl_delete)
@@ -219,3 +239,7 @@ def spdk_rpc_plugin_initialize(subparsers):
     p.add_argument("--ping-timeout-ms", type=int, help="Time without an answer after which the connection is lost")
     p.add_argument("--connect-interval-ms", type=int, help="Pause between two attempts to connect")
     p.add_argument("--resync-rate-mb", type=int, help="Limit of a resync to this node in MiB a second; 0 is none")
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("--ana-listener", action="append", type=_ana_listener, metavar="LISTENER",
+                       help="As for bdev_repl_create; takes the place of those before")
+    group.add_argument("--no-ana-listeners", action="store_true", help="No listener follows the role any more")

@@ -238,6 +238,26 @@ impl Parameters {
         }
     }
 
+    /// A list of nested objects, each with its number in texts.
+    pub fn objects(&mut self, name: &'static str) -> Result<Option<Vec<Parameters>>, RpcError> {
+        let Some(value) = self.take(name) else {
+            return Ok(None);
+        };
+        let Value::Array(items) = value else {
+            return Err(self.wrong(name, "a list of objects", &value));
+        };
+        let mut objects = Vec::new();
+        for (index, item) in items.into_iter().enumerate() {
+            let Value::Object(values) = item else {
+                return Err(self.wrong(name, "a list of objects", &item));
+            };
+            let mut nested = Parameters::from_map(&self.method, values);
+            nested.prefix = format!("{}{name}[{index}].", self.prefix);
+            objects.push(nested);
+        }
+        Ok(Some(objects))
+    }
+
     /// A list of strings.
     pub fn strings(&mut self, name: &'static str) -> Result<Option<Vec<String>>, RpcError> {
         let Some(value) = self.take(name) else {

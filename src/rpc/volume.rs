@@ -79,6 +79,45 @@ impl std::fmt::Display for Address {
     }
 }
 
+/// What a listener of the NVMe-oF target speaks, with SPDK's spelling in JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// `TCP`
+    Tcp,
+    /// `RDMA`
+    Rdma,
+}
+
+impl Transport {
+    /// SPDK's spelling.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Transport::Tcp => "TCP",
+            Transport::Rdma => "RDMA",
+        }
+    }
+
+    /// Parses any capitalisation of SPDK's spelling.
+    pub fn from_name(name: &str) -> Option<Transport> {
+        [Transport::Tcp, Transport::Rdma]
+            .into_iter()
+            .find(|transport| name.eq_ignore_ascii_case(transport.name()))
+    }
+}
+
+/// A listener through which hosts reach the volume: its ANA state follows the role of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AnaListener {
+    /// The subsystem.
+    pub nqn: String,
+    /// `trtype`
+    pub transport: Transport,
+    /// Where it listens.
+    pub address: Address,
+    /// The ANA group; `None` is that of the volume's namespace.
+    pub anagrpid: Option<u32>,
+}
+
 /// `bdev_repl_create`: makes a volume over a backing bdev, or brings back the one whose metadata is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateVolume {
@@ -111,6 +150,8 @@ pub struct CreateVolume {
     pub force: bool,
     /// Where this node's peer endpoint listens; `None` leaves it to listeners made otherwise.
     pub listen: Option<Address>,
+    /// Listeners whose ANA state follows the role.
+    pub ana_listeners: Vec<AnaListener>,
 }
 
 /// `bdev_repl_add_peer`: makes a peer known, and by default starts connecting to it.
@@ -143,6 +184,8 @@ pub struct SetOptions {
     pub connect_interval_ms: Option<u32>,
     /// Upper limit of a resync to this node in MiB a second; 0 is no limit.
     pub resync_rate_mb: Option<u32>,
+    /// Listeners whose ANA state follows the role, instead of those before.
+    pub ana_listeners: Option<Vec<AnaListener>>,
 }
 
 /// One call of a volume method, checked as far as that needs no knowledge of the node.

@@ -2,6 +2,7 @@
 //! `cargo test --features spdk --test spdk`; what is not installed is looked for in BDEV_REPL_SPDK_TREE, an SPDK source
 //! tree that has been built.
 
+mod ana;
 mod blocking;
 mod export;
 #[path = "../e2e/hosts.rs"]

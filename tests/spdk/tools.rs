@@ -98,7 +98,12 @@ pub fn run_application(
 
 /// Runs a program to its end and returns what it has printed. It must end well, and in time.
 pub fn run(stage: &Stage, command: &mut Command) -> String {
-    let path = stage.cluster.settings().directory.join("tool.log");
+    run_in(&stage.cluster.settings().directory, command)
+}
+
+/// The same, with its output in this folder meanwhile.
+pub fn run_in(directory: &Path, command: &mut Command) -> String {
+    let path = directory.join("tool.log");
     let log = File::create(&path).unwrap();
     command.stdin(std::process::Stdio::null());
     command.stdout(log.try_clone().unwrap()).stderr(log);

@@ -154,7 +154,9 @@ impl Cluster {
 
     /// Parameters of `bdev_repl_create`, with some that only this call has.
     pub fn create_parameters(&self, index: usize, more: &Value) -> Value {
-        let endpoint = self.nodes[index].settings().endpoint;
+        let NodeSettings {
+            endpoint, export, ..
+        } = self.nodes[index].settings();
         let mut params = json!({
             "name": VOLUME,
             "base_bdev": BASE_BDEV,
@@ -165,6 +167,11 @@ impl Cluster {
                 "traddr": endpoint.ip().to_string(),
                 "trsvcid": endpoint.port().to_string(),
             },
+            "ana_listeners": [{
+                "nqn": SUBSYSTEM_NQN,
+                "traddr": export.ip().to_string(),
+                "trsvcid": export.port().to_string(),
+            }],
         });
         for extra in [&self.settings.create, more] {
             for (name, value) in extra.as_object().into_iter().flatten() {

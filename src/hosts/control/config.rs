@@ -23,6 +23,8 @@ fn calls_of(create: &CreateVolume, options: Options, peers: &[PeerReport]) -> Ve
             ping_timeout_ms: Some(options.ping_timeout_ms as u32),
             connect_interval_ms: Some(options.connect_interval_ms as u32),
             resync_rate_mb: Some((options.resync_rate_bytes >> 20) as u32),
+            // The call that makes the volume has them.
+            ana_listeners: None,
         }));
     }
     for peer in peers {
@@ -54,6 +56,7 @@ mod tests {
     use crate::engine::peer::state::{ConnState, DiskState, Role};
     use crate::host::PeerAddress;
     use crate::hosts::control::order::{Asked, ask, options};
+    use crate::rpc::volume::{AnaListener, Transport};
 
     fn create() -> CreateVolume {
         CreateVolume {
@@ -74,6 +77,15 @@ mod tests {
                 traddr: "10.0.0.1".parse().unwrap(),
                 trsvcid: 4420,
             }),
+            ana_listeners: vec![AnaListener {
+                nqn: "nqn.2025-01.io.bdev-repl:v".into(),
+                transport: Transport::Tcp,
+                address: Address {
+                    traddr: "fd00::1".parse().unwrap(),
+                    trsvcid: 4420,
+                },
+                anagrpid: Some(3),
+            }],
         }
     }
 

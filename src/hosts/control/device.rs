@@ -101,6 +101,7 @@ pub fn found(superblock: &Superblock, base_bdev: &str) -> CreateVolume {
         has_data: false,
         force: false,
         listen: None,
+        ana_listeners: Vec::new(),
     }
 }
 

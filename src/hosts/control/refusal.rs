@@ -32,6 +32,11 @@ pub fn being_deleted(name: &str) -> RpcError {
     RpcError::busy(format!("volume '{name}' is being deleted"))
 }
 
+/// A volume changes its role.
+pub fn being_demoted(name: &str) -> RpcError {
+    RpcError::busy(format!("volume '{name}' is being demoted"))
+}
+
 /// A volume is coming.
 pub fn being_made() -> RpcError {
     RpcError::busy("the volume is being made")

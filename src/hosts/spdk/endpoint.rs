@@ -59,7 +59,7 @@ unsafe fn unboxed<T>(value: *mut c_void) -> T {
 }
 
 /// The application's target; null where it has none.
-fn target() -> *mut sys::spdk_nvmf_tgt {
+pub fn target() -> *mut sys::spdk_nvmf_tgt {
     // SAFETY: on the application's thread, where targets come and go.
     unsafe {
         let target = sys::spdk_nvmf_get_tgt(TARGET.as_ptr());

@@ -14,7 +14,7 @@ use super::context::Context;
 use super::core::{Job, State, all, manager_core, on_all};
 use super::node::{Control, Pending, give_order};
 use super::volume::{CoreVolume, with_manager};
-use super::{endpoint, link, sys};
+use super::{ana, endpoint, link, sys};
 use crate::engine::channel::Channel;
 use crate::engine::manager::{Manager, Order};
 use crate::engine::message::ToManager;
@@ -55,6 +55,8 @@ pub fn start(
         active_extents: Arc::clone(&active_extents),
         orders: Vec::new(),
         deleting: false,
+        is_demoting: false,
+        ana: ana::Listeners::default(),
         is_published: false,
         is_found,
         bdev: None,
@@ -231,6 +233,14 @@ pub fn remove(
         return then(state, Ok(()));
     };
     control.deleting = true;
+    ana::settle(state, volume, move |state| close(state, volume, then));
+}
+
+fn close(
+    state: &mut State,
+    volume: u32,
+    then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
+) {
     let pending = Pending::Delete(Box::new(move |state, outcome| match outcome {
         Ok(()) => {
             let close = move |state: &mut State| remove_bdevs(state, volume, then);

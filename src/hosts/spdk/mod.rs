@@ -3,7 +3,7 @@
 //!
 //! `module` is what SPDK calls; `core` is a CPU and how anything gets in, `volume` the engine there, `io` what it asks of
 //! bdevs. On core 0, `node` takes requests, `opening` looks at backing bdevs, `lifecycle` makes and ends volumes, `link`
-//! reaches peers and `endpoint` lets them in.
+//! reaches peers and `endpoint` lets them in; `role` and `ana` tell hosts which node serves.
 
 mod ana;
 pub mod app;
@@ -19,6 +19,7 @@ mod log;
 pub mod module;
 mod node;
 mod opening;
+mod role;
 mod rpc;
 pub mod sys;
 mod trace;

@@ -15,7 +15,7 @@ use super::endpoint::{self, Exporter};
 use super::link::Link;
 use super::opening::Opening;
 use super::volume::with_manager;
-use super::{ana, lifecycle, opening};
+use super::{ana, lifecycle, opening, role};
 use crate::engine::MAX_PEERS;
 use crate::engine::manager::Order;
 use crate::engine::message::{OrderId, OrderOutcome};
@@ -52,6 +52,9 @@ pub struct Control {
     pub active_extents: Arc<Vec<AtomicU32>>,
     pub orders: Vec<(OrderId, Pending)>,
     pub deleting: bool,
+    /// Hosts are being sent away, or the order to demote is on its way.
+    pub is_demoting: bool,
+    pub ana: ana::Listeners,
     /// Its bdevs are there.
     pub is_published: bool,
     /// It came back by itself: a configuration that makes it completes it.
@@ -67,8 +70,8 @@ pub type Ended = Box<dyn FnOnce(&mut State, Result<(), RpcError>)>;
 /// What an order's outcome is for.
 pub enum Pending {
     Reply(Reply),
-    /// A change of role, which listeners are told of.
-    Role(Reply, bool),
+    Promote(Reply),
+    Demote(Reply),
     /// The first attach of a new volume.
     Create(Reply),
     Delete(Ended),
@@ -150,8 +153,8 @@ pub fn request(state: &mut State, request: VolumeRequest, reply: Reply) {
         Err(error) => return reply.fail(error),
     };
     match order {
-        Order::Promote { .. } => give_order(state, volume, order, Pending::Role(reply, true)),
-        Order::Demote => ana::before_demote(state, volume, reply),
+        Order::Promote { .. } => role::promote(state, volume, order, reply),
+        Order::Demote => role::demote(state, volume, reply),
         _ => give_order(state, volume, order, Pending::Reply(reply)),
     }
 }
@@ -177,7 +180,8 @@ pub fn ordered(state: &mut State, volume: u32, id: OrderId, outcome: OrderOutcom
     let outcome = outcome.map_err(order::order_error);
     match pending {
         Pending::Reply(reply) => reply.answer(outcome.map(|()| json!(true))),
-        Pending::Role(reply, primary) => ana::role_changed(state, volume, primary, outcome, reply),
+        Pending::Promote(reply) => role::promoted(state, volume, outcome, reply),
+        Pending::Demote(reply) => role::demoted(state, volume, outcome, reply),
         Pending::Create(reply) => match outcome {
             Ok(()) => lifecycle::publish(state, volume, reply),
             Err(error) => lifecycle::undo(state, volume, error, reply),
@@ -213,7 +217,12 @@ pub fn report_json(state: &mut State, volume: u32) -> Option<String> {
 }
 
 fn set_options(state: &mut State, wanted: &SetOptions) -> Result<Value, RpcError> {
-    let volume = state.node.named(&wanted.name)?.volume;
+    let control = state.node.named(&wanted.name)?;
+    let volume = control.volume;
+    if let Some(listeners) = &wanted.ana_listeners {
+        control.create.ana_listeners.clone_from(listeners);
+        control.ana.changed();
+    }
     let manager = state
         .volume(volume)
         .and_then(|this| this.manager.as_mut())

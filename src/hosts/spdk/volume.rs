@@ -10,7 +10,7 @@ use super::backing::Disk;
 use super::bdev::{self, Port};
 use super::context::{Action, BdevIo, Context, Payload};
 use super::core::{Event, MANAGER_CORE, State};
-use super::{endpoint, io, lifecycle, link, node, opening, sys, trace};
+use super::{ana, endpoint, io, lifecycle, link, node, opening, sys, trace};
 use crate::engine::channel::{AppIo, Channel, TOKEN_MANAGER};
 use crate::engine::manager::Manager;
 use crate::engine::message::ToManager;
@@ -311,6 +311,7 @@ fn poll(state: &mut State) {
     if state.is_manager_core() {
         opening::poll(state);
         endpoint::poll(state);
+        ana::poll(state);
     }
     if state.volumes.is_empty() {
         return;

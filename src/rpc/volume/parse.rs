@@ -5,7 +5,10 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
 
-use super::{AddPeer, Address, AddressFamily, CreateVolume, SetOptions, VolumeRequest};
+use super::{
+    AddPeer, Address, AddressFamily, AnaListener, CreateVolume, SetOptions, Transport,
+    VolumeRequest,
+};
 use crate::engine::meta::format::AL_EXTENTS_DEFAULT;
 use crate::engine::meta::superblock::{AL_EXTENTS_MAX, AL_EXTENTS_MIN};
 use crate::rpc::RpcError;
@@ -20,6 +23,8 @@ const CHANNEL_SLOTS_MAX: u8 = 64;
 const CHANNEL_SLOTS_DEFAULT: u8 = 8;
 const GRANULARITY_KB_MIN: u32 = 4;
 const GRANULARITY_KB_MAX: u32 = 1024;
+/// Longest name of a subsystem, in bytes (NVM Express Base Specification, NVMe Qualified Names).
+const NQN_BYTES_MAX: usize = 223;
 const INTERVAL_MS_MIN: u32 = 50;
 const INTERVAL_MS_MAX: u32 = 120_000;
 /// 8 EiB in MiB, less one: sizes in bytes fit an i64 (file offsets).
@@ -113,6 +118,7 @@ impl VolumeRequest {
                 ping_timeout_ms: interval(&mut all, "ping_timeout_ms")?,
                 connect_interval_ms: interval(&mut all, "connect_interval_ms")?,
                 resync_rate_mb: all.number_u32("resync_rate_mb", 0..=u32::MAX)?,
+                ana_listeners: ana_listeners(&mut all)?,
             }),
             other => return Err(RpcError::method_not_found(other)),
         };
@@ -152,6 +158,9 @@ impl VolumeRequest {
                             "trsvcid": listen.trsvcid.to_string(),
                         }),
                     );
+                }
+                if !create.ana_listeners.is_empty() {
+                    set("ana_listeners", listeners_to_json(&create.ana_listeners));
                 }
                 "bdev_repl_create"
             }
@@ -240,6 +249,9 @@ impl VolumeRequest {
                     &options.connect_interval_ms,
                 );
                 optional(&mut set, "resync_rate_mb", &options.resync_rate_mb);
+                if let Some(listeners) = &options.ana_listeners {
+                    set("ana_listeners", listeners_to_json(listeners));
+                }
                 "bdev_repl_set_options"
             }
         };
@@ -290,6 +302,7 @@ fn create(all: &mut Parameters) -> Result<VolumeRequest, RpcError> {
                 Some(listen)
             }
         },
+        ana_listeners: ana_listeners(all)?.unwrap_or_default(),
     };
     let refuse = |text: &str| Err(RpcError::invalid(format!("bdev_repl_create: {text}")));
     if !create.granularity_kb.is_power_of_two() {
@@ -350,6 +363,63 @@ fn required_node_id(all: &mut Parameters) -> Result<u8, RpcError> {
 
 fn interval(all: &mut Parameters, name: &'static str) -> Result<Option<u32>, RpcError> {
     all.number_u32(name, INTERVAL_MS_MIN..=INTERVAL_MS_MAX)
+}
+
+/// Listeners of the NVMe-oF target; the same one twice could be told two states.
+fn ana_listeners(all: &mut Parameters) -> Result<Option<Vec<AnaListener>>, RpcError> {
+    let Some(objects) = all.objects("ana_listeners")? else {
+        return Ok(None);
+    };
+    let mut listeners: Vec<AnaListener> = Vec::new();
+    for mut nested in objects {
+        let method = nested.method().to_owned();
+        let nqn = nested.required_string("nqn")?;
+        if nqn.is_empty() || nqn.len() > NQN_BYTES_MAX || nqn.contains('\0') {
+            return Err(RpcError::invalid(format!(
+                "{method}: ana_listeners: nqn must have 1 to {NQN_BYTES_MAX} bytes and no zero byte"
+            )));
+        }
+        let transport = match nested.string("trtype")? {
+            None => Transport::Tcp,
+            Some(text) => Transport::from_name(&text).ok_or_else(|| {
+                RpcError::invalid(format!(
+                    "{method}: ana_listeners: trtype '{text}' is neither TCP nor RDMA"
+                ))
+            })?,
+        };
+        let listener = AnaListener {
+            nqn,
+            transport,
+            address: address(&mut nested)?,
+            anagrpid: nested.number_u32("anagrpid", 1..=u32::MAX)?,
+        };
+        nested.finish()?;
+        if listeners.contains(&listener) {
+            return Err(RpcError::invalid(format!(
+                "{method}: ana_listeners: {} at {} is named twice",
+                listener.nqn, listener.address
+            )));
+        }
+        listeners.push(listener);
+    }
+    Ok(Some(listeners))
+}
+
+fn listeners_to_json(listeners: &[AnaListener]) -> Value {
+    let to_json = |listener: &AnaListener| {
+        let mut object = json!({
+            "nqn": listener.nqn,
+            "trtype": listener.transport.name(),
+            "adrfam": listener.address.adrfam().name(),
+            "traddr": listener.address.traddr.to_string(),
+            "trsvcid": listener.address.trsvcid.to_string(),
+        });
+        if let Some(anagrpid) = listener.anagrpid {
+            object["anagrpid"] = json!(anagrpid);
+        }
+        object
+    };
+    listeners.iter().map(to_json).collect()
 }
 
 /// trtype (only TCP), adrfam, traddr, trsvcid; the service may be a number or, as SPDK has it, a string.

@@ -26,6 +26,7 @@ fn create_needs_only_name_and_node_id() {
         (create.size_mb, create.data_offset, create.listen),
         (None, None, None)
     );
+    assert_eq!(create.ana_listeners, []);
     assert!(!create.assume_clean && !create.has_data && !create.force);
 }
 
@@ -45,6 +46,12 @@ fn a_wrong_unknown_or_missing_parameter_is_32603() {
         json!({"name": "v", "node_id": 1, "listen_address": "10.0.0.1"}),
         json!({"name": "v", "node_id": 1, "listen_address": {"traddr": "10.0.0.1", "trsvcid": "4420", "x": 1}}),
         json!({"name": "v", "node_id": 1, "listen_address": {"traddr": "10.0.0.1", "trsvcid": "0"}}),
+        json!({"name": "v", "node_id": 1, "ana_listeners": {"nqn": "n", "traddr": "10.0.0.1", "trsvcid": "1"}}),
+        json!({"name": "v", "node_id": 1, "ana_listeners": ["10.0.0.1"]}),
+        json!({"name": "v", "node_id": 1, "ana_listeners": [{"traddr": "10.0.0.1", "trsvcid": "1"}]}),
+        json!({"name": "v", "node_id": 1, "ana_listeners": [{"nqn": "n", "traddr": "10.0.0.1"}]}),
+        json!({"name": "v", "node_id": 1, "ana_listeners": [{"nqn": "n", "traddr": "::1", "trsvcid": "1", "x": 1}]}),
+        json!({"name": "v", "node_id": 1, "ana_listeners": [{"nqn": "n", "traddr": "::1", "trsvcid": 1, "anagrpid": 0}]}),
     ] {
         assert_eq!(code("bdev_repl_create", params.clone()), -32603, "{params}");
     }
@@ -72,6 +79,25 @@ fn a_value_that_cannot_be_is_22() {
         (
             "listen_address",
             json!({"traddr": "10.0.0.1", "trsvcid": "4420", "trtype": "RDMA"}),
+        ),
+        (
+            "ana_listeners",
+            json!([{"nqn": "", "traddr": "10.0.0.1", "trsvcid": 1}]),
+        ),
+        (
+            "ana_listeners",
+            json!([{"nqn": "n".repeat(224), "traddr": "10.0.0.1", "trsvcid": 1}]),
+        ),
+        (
+            "ana_listeners",
+            json!([{"nqn": "n", "traddr": "10.0.0.1", "trsvcid": 1, "trtype": "FC"}]),
+        ),
+        (
+            "ana_listeners",
+            json!([
+                {"nqn": "n", "traddr": "10.0.0.1", "trsvcid": 1},
+                {"nqn": "n", "traddr": "10.0.0.1", "trsvcid": "1", "trtype": "tcp"},
+            ]),
         ),
     ] {
         let mut params = base.clone();
@@ -136,6 +162,28 @@ fn address_strategy() -> impl Strategy<Value = Address> {
     (ip, 1u16..).prop_map(|(traddr, trsvcid)| Address { traddr, trsvcid })
 }
 
+fn listeners_strategy() -> impl Strategy<Value = Vec<AnaListener>> {
+    let listener = (
+        "nqn[.]2025-01[.]x:[ -~]{0,20}",
+        any::<bool>(),
+        address_strategy(),
+        proptest::option::of(1u32..),
+    )
+        .prop_map(|(nqn, rdma, address, anagrpid)| AnaListener {
+            nqn,
+            transport: if rdma {
+                Transport::Rdma
+            } else {
+                Transport::Tcp
+            },
+            address,
+            anagrpid,
+        });
+    proptest::collection::vec(listener, 0..3).prop_filter("each listener once", |all| {
+        all.len() < 2 || all[0] != all[1]
+    })
+}
+
 fn name_strategy() -> impl Strategy<Value = String> {
     "[a-zA-Z0-9_.:-]{1,63}"
 }
@@ -154,10 +202,20 @@ fn create_strategy() -> impl Strategy<Value = VolumeRequest> {
         device,
         flags,
         uuid,
-        proptest::option::of(address_strategy()),
+        (
+            proptest::option::of(address_strategy()),
+            listeners_strategy(),
+        ),
     )
         .prop_map(
-            |(name, shape, (base_bdev, size_mb), (in_place, first, force), uuid, listen)| {
+            |(
+                name,
+                shape,
+                (base_bdev, size_mb),
+                (in_place, first, force),
+                uuid,
+                (listen, ana_listeners),
+            )| {
                 let disk = base_bdev.is_some();
                 VolumeRequest::Create(CreateVolume {
                     name,
@@ -174,6 +232,7 @@ fn create_strategy() -> impl Strategy<Value = VolumeRequest> {
                     has_data: disk && first == 2,
                     force: disk && force,
                     listen,
+                    ana_listeners,
                 })
             },
         )
@@ -228,16 +287,25 @@ fn request_strategy() -> impl Strategy<Value = VolumeRequest> {
             interval(),
             interval(),
             interval(),
-            proptest::option::of(any::<u32>())
+            proptest::option::of(any::<u32>()),
+            proptest::option::of(listeners_strategy())
         )
             .prop_map(
-                |(name, ping_interval_ms, ping_timeout_ms, connect_interval_ms, resync_rate_mb)| {
+                |(
+                    name,
+                    ping_interval_ms,
+                    ping_timeout_ms,
+                    connect_interval_ms,
+                    resync_rate_mb,
+                    ana_listeners,
+                )| {
                     VolumeRequest::SetOptions(SetOptions {
                         name,
                         ping_interval_ms,
                         ping_timeout_ms,
                         connect_interval_ms,
                         resync_rate_mb,
+                        ana_listeners,
                     })
                 }
             ),

@@ -68,6 +68,8 @@ pub struct IdentifyController {
     pub max_commands: u16,
     /// NN.
     pub namespaces_max: u32,
+    /// MNAN; needed with ANA, since hosts make room for the ANA log by it.
+    pub namespaces_allowed: u32,
     /// ONCS.
     pub optional_commands: u16,
     /// VWC.
@@ -118,6 +120,7 @@ impl IdentifyController {
         put(out, 520, &self.optional_commands.to_le_bytes());
         put(out, 525, &[self.volatile_write_cache]);
         put(out, 536, &self.sgl_support.to_le_bytes());
+        put(out, 540, &self.namespaces_allowed.to_le_bytes());
         put(out, 768, self.subsystem_nqn.as_bytes());
         put(out, 1792, &self.command_capsule_units.to_le_bytes());
         put(out, 1796, &self.response_capsule_units.to_le_bytes());
@@ -156,6 +159,7 @@ impl IdentifyController {
             optional_commands: half(520),
             volatile_write_cache: byte(525),
             sgl_support: word(536),
+            namespaces_allowed: word(540),
             subsystem_nqn: take_text(bytes, 768, 256),
             command_capsule_units: word(1792),
             response_capsule_units: word(1796),

@@ -12,7 +12,7 @@ use super::super::core::Core;
 use super::super::registry::BdevError;
 use super::lifecycle::{delete, publish};
 use super::opening::{Purpose, attach, create as create_volume, open_device};
-use super::{CoreVolume, with};
+use super::{CoreVolume, ana, with};
 use crate::engine::manager::Order;
 use crate::engine::message::{OrderId, OrderOutcome};
 use crate::engine::volume::VolumeGeometry;
@@ -36,6 +36,9 @@ pub(super) struct Control {
     pub(super) active_extents: Arc<Vec<AtomicU32>>,
     pub(super) orders: Vec<(OrderId, Pending)>,
     pub(super) deleting: bool,
+    /// The order to demote is on its way.
+    pub(super) is_demoting: bool,
+    pub(super) ana: ana::Listeners,
 }
 
 impl Control {
@@ -60,6 +63,10 @@ pub(super) type Ended = Box<dyn FnOnce(&mut Core, Result<(), RpcError>)>;
 /// What an order's outcome is for.
 pub(super) enum Pending {
     Reply(Reply),
+    /// Hosts are told that this node serves.
+    Promote(Reply),
+    /// Hosts have been sent away.
+    Demote(Reply),
     /// The first attach of a new volume.
     Create(Reply),
     Delete(Ended),
@@ -93,13 +100,25 @@ pub fn request(core: &mut Core, request: VolumeRequest, reply: Reply) {
         Asked::Attach { name, base_bdev } => return attach(core, &name, base_bdev, reply),
         Asked::SetOptions(options) => return reply.answer(set_options(core, &options)),
     };
-    match control_of(core, &name) {
-        Ok(control) => {
-            let volume = control.volume;
-            give_order(core, volume, order, Pending::Reply(reply));
+    let control = match control_of(core, &name) {
+        Ok(control) => control,
+        Err(error) => return reply.fail(error),
+    };
+    let volume = control.volume;
+    let pending = match order {
+        Order::Promote { .. } | Order::Demote if control.is_demoting => {
+            return reply.fail(refusal::being_demoted(&name));
         }
-        Err(error) => reply.fail(error),
-    }
+        Order::Promote { .. } => Pending::Promote(reply),
+        Order::Demote => {
+            // Hosts go to the next Primary before this one stops serving.
+            control.is_demoting = true;
+            ana::tell(core, volume);
+            Pending::Demote(reply)
+        }
+        _ => Pending::Reply(reply),
+    };
+    give_order(core, volume, order, pending);
 }
 
 pub(super) fn next_order(core: &mut Core) -> OrderId {
@@ -139,9 +158,17 @@ pub(super) fn ordered(core: &mut Core, volume: u32, id: OrderId, outcome: OrderO
         return;
     };
     let (_, pending) = control.orders.swap_remove(position);
+    if let Pending::Demote(_) = pending {
+        control.is_demoting = false;
+    }
+    if let Pending::Promote(_) | Pending::Demote(_) = pending {
+        ana::tell(core, volume);
+    }
     let outcome = outcome.map_err(order::order_error);
     match pending {
-        Pending::Reply(reply) => reply.answer(outcome.map(|()| json!(true))),
+        Pending::Reply(reply) | Pending::Promote(reply) | Pending::Demote(reply) => {
+            reply.answer(outcome.map(|()| json!(true)))
+        }
         Pending::Create(reply) => publish(core, volume, reply),
         Pending::Delete(then) => then(core, outcome),
     }
@@ -168,7 +195,12 @@ fn get_volumes(core: &mut Core, name: Option<&str>) -> Result<Value, RpcError> {
 }
 
 fn set_options(core: &mut Core, wanted: &SetOptions) -> Result<Value, RpcError> {
-    let volume = control_of(core, &wanted.name)?.volume;
+    let control = control_of(core, &wanted.name)?;
+    let volume = control.volume;
+    if let Some(listeners) = &wanted.ana_listeners {
+        control.create.ana_listeners.clone_from(listeners);
+        control.ana = ana::Listeners::default();
+    }
     let Some(CoreVolume {
         manager: Some(manager),
         ..

@@ -16,7 +16,7 @@ use super::super::target;
 use super::context::Context;
 use super::control::{Control, Pending, bdev_error, control_of, give_order, next_order};
 use super::link::Links;
-use super::{CoreVolume, with};
+use super::{CoreVolume, ana, with};
 use crate::engine::channel::Channel;
 use crate::engine::manager::{Manager, Order};
 use crate::engine::open::Opened;
@@ -60,6 +60,8 @@ pub(super) fn start(
         active_extents: Arc::clone(&active_extents),
         orders: Vec::new(),
         deleting: false,
+        is_demoting: false,
+        ana: ana::Listeners::default(),
     });
     let shared = Arc::new(Shared::new(geometry));
     let for_manager = Arc::clone(&shared);
@@ -296,6 +298,7 @@ fn remove(
     {
         control.deleting = true;
     }
+    ana::tell(core, volume);
     let pending = Pending::Delete(Box::new(move |core, outcome| match outcome {
         Ok(()) => remove_bdevs(core, volume, then),
         Err(error) => {

@@ -2,6 +2,7 @@
 //! carried out. The core's loop calls the functions here. `context` is the engine's host, `link` keeps the queue pairs
 //! to peers, `control` takes requests on core 0, where `opening` and `lifecycle` make and end volumes.
 
+mod ana;
 mod context;
 mod control;
 mod lifecycle;
@@ -491,6 +492,9 @@ pub fn poll(core: &mut Core) -> bool {
             }
             worked |= !this.context.actions.is_empty();
         });
+        if manager_is_due {
+            ana::poll(core, volume);
+        }
         let index = core.index;
         if let Some(this) = core.volumes.get_mut(volume)
             && let Some(active) = this.active_extents.get(index)

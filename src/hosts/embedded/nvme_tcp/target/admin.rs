@@ -380,6 +380,7 @@ impl AdminSession {
                 controller.ana_capabilities = 0b0100_0111;
                 controller.ana_group_max = identity.max_namespaces;
                 controller.ana_groups = identity.max_namespaces;
+                controller.namespaces_allowed = identity.max_namespaces;
             }
         }
         Ok(controller)

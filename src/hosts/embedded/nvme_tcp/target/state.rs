@@ -257,6 +257,27 @@ impl TargetState {
         Ok(())
     }
 
+    /// The first namespace that is `wanted` of a subsystem that listens at `at`, and whether its ANA state is shown.
+    pub fn namespace_at(
+        &self,
+        nqn: &str,
+        at: &ListenerAddress,
+        wanted: impl Fn(&Namespace) -> bool,
+    ) -> Option<(Namespace, bool)> {
+        let subsystem = self.subsystems.get(self.find(nqn).ok()?)?;
+        let listens = subsystem
+            .listeners
+            .iter()
+            .any(|listener| listener.is_same_place(at));
+        let namespace = subsystem
+            .namespaces
+            .iter()
+            .flatten()
+            .find(|namespace| wanted(namespace))
+            .filter(|_| listens)?;
+        Some((*namespace, subsystem.parameters.ana_reporting))
+    }
+
     pub fn add_listener(&mut self, nqn: &str, address: ListenerAddress) -> Result<(), TargetError> {
         let subsystem = self.find_mut(nqn)?;
         if subsystem

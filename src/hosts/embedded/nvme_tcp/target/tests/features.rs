@@ -4,6 +4,7 @@ use super::*;
 use crate::hosts::embedded::nvme_tcp::command::{
     CONTROLLER_ID_DYNAMIC, DISCOVERY_NQN, admin_opcode, cns, feature, log_page,
 };
+use crate::hosts::embedded::nvme_tcp::identify::{IDENTIFY_BYTES, IdentifyController};
 use crate::hosts::embedded::nvme_tcp::initiator::InitiatorError;
 
 #[test]
@@ -548,6 +549,19 @@ fn an_inaccessible_namespace_is_reported_by_ana_and_refuses_io() {
     state.add_namespace(NQN, disk_namespace()).unwrap();
     drop(state);
     let mut admin = admin_queue(&mut lab);
+    let identify = Sqe {
+        opcode: admin_opcode::IDENTIFY,
+        cdw10_15: [1, 0, 0, 0, 0, 0],
+        ..Sqe::default()
+    };
+    let place = admin.data(0, IDENTIFY_BYTES);
+    assert!(admin.run(&mut lab, identify, place).status.is_success());
+    let controller = IdentifyController::parse(admin.memory.as_slice().first_chunk().unwrap());
+    assert_eq!(
+        (controller.ana_groups, controller.namespaces_allowed),
+        (32, 32),
+        "a host makes room for the log by both"
+    );
     let event = Sqe {
         opcode: admin_opcode::ASYNC_EVENT_REQUEST,
         ..Sqe::default()
