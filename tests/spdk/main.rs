@@ -16,3 +16,4 @@ mod remote;
 )]
 mod stage;
 mod tools;
+mod trace;

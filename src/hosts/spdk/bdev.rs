@@ -31,6 +31,8 @@ struct OwnBdev {
     bdev: sys::spdk_bdev,
     volume: u32,
     port: Port,
+    /// As which its I/O is traced.
+    trace_owner: u16,
     // What the bdev points to.
     name: CString,
     _product: CString,
@@ -131,6 +133,10 @@ pub fn register(parameters: Parameters) -> Result<Registered, c_int> {
         bdev: sys::spdk_bdev::default(),
         volume,
         port,
+        trace_owner: match port {
+            Port::Application => trace::begin_owner(&name),
+            Port::Peers => 0,
+        },
         name,
         _product: product.to_owned(),
     });
@@ -184,6 +190,12 @@ extern "C" fn destroy_channel(_: *mut c_void, _: *mut c_void) {}
 unsafe extern "C" fn free_unregistered(own: *mut c_void) {
     // SAFETY: made by `register`, and nobody else knows it.
     drop(unsafe { Box::from_raw(own.cast::<OwnBdev>()) });
+}
+
+impl Drop for OwnBdev {
+    fn drop(&mut self) {
+        trace::end_owner(self.trace_owner);
+    }
 }
 
 type Then = Box<dyn FnOnce()>;
@@ -286,6 +298,7 @@ fn enter(io: *mut sys::spdk_bdev_io) {
 pub struct Request {
     pub volume: u32,
     pub port: Port,
+    trace_owner: u16,
 }
 
 /// Where an I/O belongs.
@@ -296,6 +309,7 @@ pub fn request(io: BdevIo) -> Request {
         Request {
             volume: (*own).volume,
             port: (*own).port,
+            trace_owner: (*own).trace_owner,
         }
     }
 }
@@ -303,6 +317,26 @@ pub fn request(io: BdevIo) -> Request {
 fn kind_of(io: BdevIo) -> sys::spdk_bdev_io_type {
     // SAFETY: an I/O that is not complete.
     u32::from(unsafe { (*io.0).type_ })
+}
+
+/// Shows an application's I/O to who traces it.
+pub fn trace_submitted(io: BdevIo, request: &Request) {
+    trace::submitted(io, request.trace_owner, || {
+        // SAFETY: an I/O that is not complete; what has no blocks has other plain data there.
+        let asked = unsafe { &(*io.0).u.bdev };
+        let kind = match kind_of(io) {
+            sys::SPDK_BDEV_IO_TYPE_READ => c"read",
+            sys::SPDK_BDEV_IO_TYPE_WRITE => c"write",
+            sys::SPDK_BDEV_IO_TYPE_WRITE_ZEROES => c"write_zeroes",
+            sys::SPDK_BDEV_IO_TYPE_UNMAP => c"unmap",
+            sys::SPDK_BDEV_IO_TYPE_FLUSH => c"flush",
+            sys::SPDK_BDEV_IO_TYPE_RESET => return (c"reset", 0, 0),
+            sys::SPDK_BDEV_IO_TYPE_ABORT => return (c"abort", 0, 0),
+            _ => return (c"unknown", 0, 0),
+        };
+        let blocks = u32::try_from(asked.num_blocks).unwrap_or(u32::MAX);
+        (kind, asked.offset_blocks, blocks)
+    });
 }
 
 /// What an application's I/O asks for: kind, first block, blocks, data.
@@ -418,7 +452,10 @@ fn end(
 
 /// Ends an application's I/O.
 pub fn finish(core: &Core, io: BdevIo, status: AppStatus) {
-    trace::completed(io, status);
+    let asked = request(io);
+    if asked.port == Port::Application {
+        trace::completed(io, asked.trace_owner, status);
+    }
     let nvme = |code_type: u32, code: u32| Some((0, code_type as c_int, code as c_int));
     let failed = sys::SPDK_BDEV_IO_STATUS_FAILED;
     match status {
@@ -437,6 +474,7 @@ pub fn finish(core: &Core, io: BdevIo, status: AppStatus) {
 }
 
 pub fn aborted(core: &Core, io: BdevIo) {
+    trace::aborted(io, request(io).trace_owner);
     end(core, io, sys::SPDK_BDEV_IO_STATUS_ABORTED, None);
 }
 

@@ -10,7 +10,7 @@ use super::backing::Disk;
 use super::bdev::{self, Port};
 use super::context::{Action, BdevIo, Context, Payload};
 use super::core::{Event, MANAGER_CORE, State};
-use super::{ana, endpoint, io, lifecycle, link, node, opening, sys, trace};
+use super::{ana, endpoint, io, lifecycle, link, node, opening, sys};
 use crate::engine::channel::{AppIo, Channel, TOKEN_MANAGER};
 use crate::engine::manager::Manager;
 use crate::engine::message::ToManager;
@@ -177,6 +177,9 @@ pub fn to_manager(state: &mut State, volume: u32, message: ToManager<Context>) {
 fn submitted(state: &mut State, io: BdevIo) {
     let request = bdev::request(io);
     let volume = request.volume;
+    if request.port == Port::Application {
+        bdev::trace_submitted(io, &request);
+    }
     if state.volume(volume).is_none() {
         return bdev::finish(state.core, io, AppStatus::Failed);
     }
@@ -194,7 +197,6 @@ fn application(state: &mut State, volume: u32, io: BdevIo) {
             bdev::Other::Unknown => bdev::finish(state.core, io, AppStatus::Invalid),
         };
     };
-    trace::submitted(io, kind, lba, blocks);
     let io = AppIo {
         kind,
         lba,
