@@ -2,9 +2,10 @@
 
     PYTHONPATH=python spdk-rpc --plugin bdev_repl bdev_repl_get_volumes
 
-Uses nothing but json and args.client.call, so it works with the client of every SPDK version.
+Uses nothing but Python's own modules and args.client.call, so it works with the client of every SPDK version.
 """
 
+import argparse
 import json
 
 
@@ -53,6 +54,23 @@ def _ana_listener(text):
 _ana_listener.__name__ = "listener ('traddr:ADDRESS trsvcid:PORT subnqn:NQN [anagrpid:N] [trtype:TCP|RDMA]')"
 
 
+def _address(text):
+    """An address and a port: 10.0.0.2:4430 or [fd00::2]:4430."""
+    traddr, _, trsvcid = text.rpartition(":")
+    if not traddr or not trsvcid:
+        raise argparse.ArgumentTypeError(f"'{text}' is not ADDRESS:PORT")
+    return {"traddr": traddr.strip("[]"), "trsvcid": trsvcid}
+
+
+def _allowed_host(text):
+    """A node and its keys: 1 or 1,psk=key0 or 1,dhchap_key=key1,dhchap_ctrlr_key=key2."""
+    node_id, *keys = text.split(",")
+    try:
+        return {"node_id": int(node_id), **dict(key.split("=", 1) for key in keys)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NODE_ID[,KIND=KEY]...") from None
+
+
 def bdev_repl_create(args):
     _print(_call(args, "bdev_repl_create",
                  name=args.name,
@@ -69,7 +87,9 @@ def bdev_repl_create(args):
                  has_data=_true_if_set(args.has_data),
                  force=_true_if_set(args.force),
                  listen_address=_listen_address(args),
-                 ana_listeners=args.ana_listener))
+                 ana_listeners=args.ana_listener,
+                 secure_channel=_true_if_set(args.secure_channel),
+                 allowed_hosts=args.allowed_host))
 
 
 def bdev_repl_delete(args):
@@ -101,6 +121,14 @@ def bdev_repl_add_peer(args):
           trsvcid=args.trsvcid,
           hdgst=_true_if_set(args.hdgst),
           ddgst=_true_if_set(args.ddgst),
+          alternate_addresses=args.alternate_address,
+          multipath=args.multipath,
+          psk=args.psk,
+          dhchap_key=args.dhchap_key,
+          dhchap_ctrlr_key=args.dhchap_ctrlr_key,
+          ctrlr_loss_timeout_sec=args.ctrlr_loss_timeout_sec,
+          reconnect_delay_sec=args.reconnect_delay_sec,
+          fast_io_fail_timeout_sec=args.fast_io_fail_timeout_sec,
           connect=False if args.no_connect else None)
 
 
@@ -182,6 +210,10 @@ def spdk_rpc_plugin_initialize(subparsers):
     p.add_argument("--ana-listener", action="append", type=_ana_listener, metavar="LISTENER",
                    help="Listener whose ANA state follows the role: 'traddr:ADDRESS trsvcid:PORT subnqn:NQN', and"
                         " 'anagrpid:N' unless it is the group of the volume's own namespace; may be given repeatedly")
+    p.add_argument("-k", "--secure-channel", action="store_true", help="Peers connect by TLS only")
+    p.add_argument("--allowed-host", type=_allowed_host, action="append", metavar="NODE_ID[,KIND=KEY]...",
+                   help="Only these nodes may connect, with these keys of the keyring: kind is psk (TLS), dhchap_key or"
+                        " dhchap_ctrlr_key (DH-HMAC-CHAP). Once for each node")
 
     _with_name(subparsers, "bdev_repl_delete",
                "Delete a volume; its data and metadata stay on the base bdev", bdev_repl_delete)
@@ -208,6 +240,20 @@ def spdk_rpc_plugin_initialize(subparsers):
     p.add_argument("-f", "--adrfam", help="Address family: ipv4 or ipv6. Default: that of the address")
     p.add_argument("-e", "--hdgst", action="store_true", help="Enable TCP header digest")
     p.add_argument("-d", "--ddgst", action="store_true", help="Enable TCP data digest")
+    p.add_argument("--alternate-address", type=_address, action="append", metavar="ADDRESS:PORT",
+                   help="Another path to the same peer. Once for each")
+    p.add_argument("-x", "--multipath", choices=["disable", "failover", "multipath"],
+                   help="What becomes of several paths. Default: multipath")
+    p.add_argument("-k", "--psk", help="Name of the key for TLS")
+    p.add_argument("--dhchap-key", help="Name of the key for DH-HMAC-CHAP")
+    p.add_argument("--dhchap-ctrlr-key", help="Name of the key by which the peer proves itself (DH-HMAC-CHAP)")
+    p.add_argument("-l", "--ctrlr-loss-timeout-sec", type=int,
+                   help="How long a path may be down before it is given up; -1: for ever. Default: 0, at once, and the"
+                        " volume connects anew; with several paths: -1")
+    p.add_argument("-o", "--reconnect-delay-sec", type=int,
+                   help="Pause between two attempts to bring a path back. Default: 1 unless it is given up at once")
+    p.add_argument("-u", "--fast-io-fail-timeout-sec", type=int,
+                   help="How long commands wait for a path; 0: until it is given up. Default: as the pause")
     p.add_argument("--no-connect", action="store_true", help="Stay StandAlone until bdev_repl_connect")
 
     p = _with_name(subparsers, "bdev_repl_remove_peer", "Forget a peer of a volume", bdev_repl_remove_peer)

@@ -214,6 +214,24 @@ impl Parameters {
             .and_then(|number| u8::try_from(number).ok()))
     }
 
+    /// A whole number from `least`, which may be negative, to what fits in 32 bits with sign.
+    pub fn number_i32(&mut self, name: &'static str, least: i32) -> Result<Option<i32>, RpcError> {
+        let Some(value) = self.take(name) else {
+            return Ok(None);
+        };
+        let number = value
+            .as_i64()
+            .and_then(|number| i32::try_from(number).ok())
+            .filter(|number| *number >= least);
+        match number {
+            Some(number) => Ok(Some(number)),
+            None => {
+                let expected = format!("a whole number from {least} to {}", i32::MAX);
+                Err(self.wrong(name, &expected, &value))
+            }
+        }
+    }
+
     /// A UUID in its usual text form.
     pub fn uuid(&mut self, name: &'static str) -> Result<Option<uuid::Uuid>, RpcError> {
         let Some(text) = self.string(name)? else {
@@ -395,6 +413,20 @@ mod tests {
             "{}",
             error.message
         );
+    }
+
+    #[test]
+    fn a_number_with_sign_is_whole_and_in_its_range() {
+        for (value, expected) in [(json!(-1), Some(-1)), (json!(i32::MAX), Some(i32::MAX))] {
+            let mut all = parameters(json!({"n": value}));
+            assert_eq!(all.number_i32("n", -1).unwrap(), expected);
+        }
+        for value in [json!(-2), json!(1u64 << 31), json!(0.5), json!("1")] {
+            let error = parameters(json!({"n": value}))
+                .number_i32("n", -1)
+                .unwrap_err();
+            assert!(error.message.contains("from -1 to"), "{}", error.message);
+        }
     }
 
     #[test]

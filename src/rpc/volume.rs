@@ -6,6 +6,7 @@ mod parse;
 mod report;
 #[cfg(test)]
 mod tests;
+mod transport;
 
 use std::net::IpAddr;
 
@@ -15,6 +16,7 @@ pub use parse::{METHODS, NAME_BYTES_MAX};
 pub use report::{
     ActivityLogReport, GenerationsReport, OptionsReport, PeerReport, ResyncReport, VolumeReport,
 };
+pub use transport::{AllowedHost, Keys, Listen, Multipath, Patience, PeerTransport};
 
 use super::{Reply, RpcError};
 
@@ -149,7 +151,7 @@ pub struct CreateVolume {
     /// Go on although the device carries something else.
     pub force: bool,
     /// Where this node's peer endpoint listens; `None` leaves it to listeners made otherwise.
-    pub listen: Option<Address>,
+    pub listen: Option<Listen>,
     /// Listeners whose ANA state follows the role.
     pub ana_listeners: Vec<AnaListener>,
 }
@@ -167,6 +169,8 @@ pub struct AddPeer {
     pub hdgst: bool,
     /// NVMe/TCP data digest.
     pub ddgst: bool,
+    /// Keys, further paths, patience.
+    pub transport: PeerTransport,
     /// Start connecting at once.
     pub connect: bool,
 }

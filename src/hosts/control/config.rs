@@ -3,14 +3,27 @@
 
 use crate::engine::manager::{Manager, Options, PeerReport};
 use crate::host::Host;
-use crate::rpc::volume::{AddPeer, Address, CreateVolume, SetOptions, VolumeRequest};
+use crate::rpc::volume::{
+    AddPeer, Address, CreateVolume, PeerTransport, SetOptions, VolumeRequest,
+};
 
-/// The calls that make one volume again, in order.
-pub fn calls<H: Host>(create: &CreateVolume, manager: &Manager<H>, cx: &H) -> Vec<VolumeRequest> {
-    calls_of(create, manager.options(), &manager.report(cx).peers)
+/// The calls that make one volume again, in order. The host tells how each node that it was given is reached.
+pub fn calls<H: Host>(
+    create: &CreateVolume,
+    manager: &Manager<H>,
+    cx: &H,
+    transport: impl Fn(u8) -> PeerTransport,
+) -> Vec<VolumeRequest> {
+    let peers = manager.report(cx).peers;
+    calls_of(create, manager.options(), &peers, transport)
 }
 
-fn calls_of(create: &CreateVolume, options: Options, peers: &[PeerReport]) -> Vec<VolumeRequest> {
+fn calls_of(
+    create: &CreateVolume,
+    options: Options,
+    peers: &[PeerReport],
+    transport: impl Fn(u8) -> PeerTransport,
+) -> Vec<VolumeRequest> {
     let mut calls = vec![VolumeRequest::Create(CreateVolume {
         // Only for the first time: a configuration that is loaded must not overwrite what came between.
         force: false,
@@ -43,6 +56,7 @@ fn calls_of(create: &CreateVolume, options: Options, peers: &[PeerReport]) -> Ve
             },
             hdgst: address.header_digest,
             ddgst: address.data_digest,
+            transport: transport(peer.node_id),
             connect: peer.wanted,
         }));
     }
@@ -56,7 +70,7 @@ mod tests {
     use crate::engine::peer::state::{ConnState, DiskState, Role};
     use crate::host::PeerAddress;
     use crate::hosts::control::order::{Asked, ask, options};
-    use crate::rpc::volume::{AnaListener, Transport};
+    use crate::rpc::volume::{AnaListener, Listen, Transport};
 
     fn create() -> CreateVolume {
         CreateVolume {
@@ -73,10 +87,10 @@ mod tests {
             assume_clean: true,
             has_data: false,
             force: true,
-            listen: Some(Address {
+            listen: Some(Listen::open(Address {
                 traddr: "10.0.0.1".parse().unwrap(),
                 trsvcid: 4420,
-            }),
+            })),
             ana_listeners: vec![AnaListener {
                 nqn: "nqn.2025-01.io.bdev-repl:v".into(),
                 transport: Transport::Tcp,
@@ -126,7 +140,11 @@ mod tests {
             peer(2, Some(address("fd00::2", true))),
             peer(3, Some(address("10.0.0.3", false))),
         ];
-        let calls = calls_of(&create(), changed, &peers);
+        let transport = |node_id: u8| PeerTransport {
+            reconnect_delay_sec: Some(node_id.into()),
+            ..PeerTransport::default()
+        };
+        let calls = calls_of(&create(), changed, &peers, transport);
         let mut asked = calls.into_iter().map(|request| {
             let (method, params) = request.to_call();
             let parsed = VolumeRequest::parse(method, Some(params)).unwrap();
@@ -149,7 +167,7 @@ mod tests {
         assert_eq!(wanted.name, "v");
         assert_eq!(options(&wanted, Options::default()), changed);
         for known in &peers {
-            let Some(Asked::Order(name, order)) = asked.next() else {
+            let Some(Asked::AddPeer(name, order, reached)) = asked.next() else {
                 panic!("peer {} is missing", known.node_id);
             };
             let Order::AddPeer {
@@ -164,13 +182,15 @@ mod tests {
                 (name.as_str(), node_id, Some(address), connect),
                 ("v", known.node_id, known.address.clone(), known.wanted)
             );
+            assert_eq!(reached, transport(known.node_id));
         }
         assert!(asked.next().is_none());
     }
 
     #[test]
     fn what_is_as_it_comes_is_not_written() {
-        let calls = calls_of(&create(), Options::default(), &[peer(2, None)]);
+        let transport = |_| PeerTransport::default();
+        let calls = calls_of(&create(), Options::default(), &[peer(2, None)], transport);
         assert_eq!(
             calls.len(),
             1,

@@ -5,13 +5,15 @@ use crate::engine::manager::{Options, Order};
 use crate::engine::message::{OrderError, OrderErrorKind};
 use crate::host::PeerAddress;
 use crate::rpc::RpcError;
-use crate::rpc::volume::{CreateVolume, SetOptions, VolumeRequest};
+use crate::rpc::volume::{CreateVolume, PeerTransport, SetOptions, VolumeRequest};
 
 /// What a request asks a host to do.
 #[derive(Clone, Debug)]
 pub enum Asked {
     /// Hand the order to the manager of the volume of this name; its outcome is the answer.
     Order(String, Order),
+    /// The same, and remember how the peer is reached, of which the manager knows only the address.
+    AddPeer(String, Order, PeerTransport),
     /// Make a volume, or bring back the one that the device carries.
     Create(CreateVolume),
     /// End a volume, with an order to close that the host follows up.
@@ -47,7 +49,7 @@ pub fn ask(request: VolumeRequest) -> Asked {
                 },
                 connect: peer.connect,
             };
-            (peer.name, order)
+            return Asked::AddPeer(peer.name, order, peer.transport);
         }
         VolumeRequest::RemovePeer { name, node_id } => (name, Order::RemovePeer { node_id }),
         VolumeRequest::Connect {
@@ -105,7 +107,9 @@ mod tests {
     fn order_of(method: &str, mut params: Value) -> String {
         params["name"] = json!("v");
         match ask(VolumeRequest::parse(method, Some(params)).unwrap()) {
-            Asked::Order(name, order) if name == "v" => format!("{order:?}"),
+            Asked::Order(name, order) | Asked::AddPeer(name, order, _) if name == "v" => {
+                format!("{order:?}")
+            }
             other => panic!("{method}: {other:?}"),
         }
     }
@@ -158,6 +162,14 @@ mod tests {
             matches!(asked("bdev_repl_create", create), Asked::Create(create) if create.name == "v")
         );
         let named = || json!({"name": "v"});
+        let peer = json!({
+            "name": "v", "node_id": 3, "traddr": "::1", "trsvcid": 1, "psk": "k", "reconnect_delay_sec": 2,
+        });
+        let Asked::AddPeer(_, _, transport) = asked("bdev_repl_add_peer", peer) else {
+            panic!()
+        };
+        assert_eq!(transport.keys.psk.as_deref(), Some("k"));
+        assert_eq!(transport.reconnect_delay_sec, Some(2));
         assert!(
             matches!(asked("bdev_repl_delete", named()), Asked::Delete { name } if name == "v")
         );

@@ -8,14 +8,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::ptr;
 
 use super::core::{Job, State, manager_core};
-use super::sys;
+use super::{access, sys};
 use crate::engine::volume::MAX_TRANSFER_BYTES;
 use crate::hosts::control::endpoint::{
     ENDPOINT_MODEL, ENDPOINT_NSID, endpoint_name, endpoint_nqn, endpoint_uuid,
 };
 use crate::hosts::control::refusal;
 use crate::rpc::RpcError;
-use crate::rpc::volume::Address;
+use crate::rpc::volume::{Address, Listen};
 
 /// The name that SPDK gives the target of an application.
 const TARGET: &CStr = c"nvmf_tgt";
@@ -27,7 +27,7 @@ const LOOK_NS: u64 = 50_000_000;
 /// What waits for the application's target.
 #[derive(Default)]
 pub struct Exporter {
-    waiting: Vec<(u32, Address)>,
+    waiting: Vec<(u32, Listen)>,
     next_look_ns: u64,
     /// What listens by our own doing, by subsystem.
     exports: Vec<(String, sys::spdk_nvme_transport_id)>,
@@ -83,9 +83,10 @@ fn transport(target: *mut sys::spdk_nvmf_tgt) -> *mut sys::spdk_nvmf_transport {
 pub fn export(
     state: &mut State,
     volume: u32,
-    address: Address,
+    listen: Listen,
     then: impl FnOnce(&mut State, Result<Option<SocketAddr>, RpcError>) + 'static,
 ) {
+    let address = listen.address;
     if address.trsvcid == 0 {
         let text = "an SPDK target cannot choose the port: name one in listen_address".to_owned();
         return then(state, Err(RpcError::invalid(text)));
@@ -94,13 +95,13 @@ pub fn export(
         tracing::info!(
             "the endpoint waits for nvmf_create_transport -t TCP to listen at {address}"
         );
-        state.node.exporter.waiting.push((volume, address));
+        state.node.exporter.waiting.push((volume, listen));
         return then(state, Ok(None));
     }
     make(
         state,
         volume,
-        address,
+        listen,
         Box::new(move |state, outcome| then(state, outcome.map(Some))),
     );
 }
@@ -116,7 +117,7 @@ pub fn poll(state: &mut State) {
     if transport(target()).is_null() {
         return;
     }
-    for (volume, address) in std::mem::take(&mut exporter.waiting) {
+    for (volume, listen) in std::mem::take(&mut exporter.waiting) {
         let then = move |state: &mut State, outcome: Result<SocketAddr, RpcError>| match outcome {
             Ok(local) => {
                 if let Some(control) = state.node.control(volume) {
@@ -125,7 +126,7 @@ pub fn poll(state: &mut State) {
             }
             Err(error) => tracing::error!("no peer can connect: {}", error.message),
         };
-        make(state, volume, address, Box::new(then));
+        make(state, volume, listen, Box::new(then));
     }
 }
 
@@ -191,13 +192,15 @@ fn warn_of_small_capsules(transport: *mut sys::spdk_nvmf_transport) {
 }
 
 /// Makes the subsystem with its namespace, and has it listen.
-fn make(state: &mut State, volume: u32, address: Address, then: Outcome) {
+fn make(state: &mut State, volume: u32, wanted: Listen, then: Outcome) {
     let target = target();
     let Some(control) = state.node.control(volume).filter(|_| !target.is_null()) else {
         return then(state, Err(refusal::gone()));
     };
     let node_id = control.create.node_id;
-    let nqn = endpoint_nqn(&control.uuid, node_id);
+    let volume_uuid = control.uuid;
+    let address = wanted.address;
+    let nqn = endpoint_nqn(&volume_uuid, node_id);
     let name = endpoint_name(&control.create.name);
     let uuid = endpoint_uuid(&control.uuid, node_id);
     let (Ok(nqn_text), Ok(name_text), Ok(model)) = (
@@ -227,7 +230,6 @@ fn make(state: &mut State, volume: u32, address: Address, then: Outcome) {
             Err(RpcError::exists(format!("subsystem {nqn} exists already")))
         } else {
             sys::spdk_nvmf_subsystem_set_mn(subsystem, model.as_ptr());
-            sys::spdk_nvmf_subsystem_set_allow_any_host(subsystem, true);
             let mut options = sys::spdk_nvmf_ns_opts::default();
             sys::spdk_nvmf_ns_opts_get_defaults(&raw mut options, size_of_val(&options));
             options.nsid = ENDPOINT_NSID;
@@ -250,12 +252,21 @@ fn make(state: &mut State, volume: u32, address: Address, then: Outcome) {
             }
         }
     };
+    let made = made.and_then(|subsystem| {
+        let allowed = access::allow(subsystem, &volume_uuid, &wanted.allowed_hosts);
+        if allowed.is_err() {
+            // SAFETY: made above, and never started.
+            unsafe { sys::spdk_nvmf_subsystem_destroy(subsystem, None, ptr::null_mut()) };
+        }
+        allowed.map(|()| subsystem)
+    });
     match made {
         Ok(subsystem) => {
             let trid = trid_of(address);
             state.node.exporter.exports.push((nqn, trid));
             let until_ns = super::context::now_ns() + BIND_PATIENCE_NS;
-            listen(state, subsystem, address, trid, until_ns, then);
+            let secure = wanted.secure_channel;
+            listen(state, subsystem, (address, secure), trid, until_ns, then);
         }
         Err(error) => then(state, Err(error)),
     }
@@ -264,8 +275,8 @@ fn make(state: &mut State, volume: u32, address: Address, then: Outcome) {
 fn listen(
     state: &mut State,
     subsystem: *mut sys::spdk_nvmf_subsystem,
-    address: Address,
-    mut trid: sys::spdk_nvme_transport_id,
+    (address, secure_channel): (Address, bool),
+    trid: sys::spdk_nvme_transport_id,
     until_ns: u64,
     then: Outcome,
 ) {
@@ -273,16 +284,16 @@ fn listen(
     if target.is_null() {
         return then(state, Err(refusal::gone()));
     }
-    let mut options = sys::spdk_nvmf_listen_opts::default();
-    // SAFETY: fills in, and reads, structures of ours.
-    let result = unsafe {
-        sys::spdk_nvmf_listen_opts_init(&raw mut options, size_of_val(&options));
-        sys::spdk_nvmf_tgt_listen_ext(target, &raw const trid, &raw mut options)
-    };
+    let mut options = sys::nvmf_listen_opts();
+    options.secure_channel = secure_channel;
+    // SAFETY: reads structures of ours.
+    let result =
+        unsafe { sys::spdk_nvmf_tgt_listen_ext(target, &raw const trid, &raw mut options) };
     if result != 0 {
         if super::context::now_ns() < until_ns {
             let again = move |state: &mut State| {
-                listen(state, subsystem, address, trid, until_ns, then);
+                let how = (address, secure_channel);
+                listen(state, subsystem, how, trid, until_ns, then);
             };
             return state.node.deferred.push(Box::new(again));
         }
@@ -325,9 +336,17 @@ fn listen(
         });
     }
     let argument = boxed((subsystem, address, then));
-    // SAFETY: the subsystem is inactive; the callback takes the argument back.
+    let mut options = sys::nvmf_listener_opts();
+    options.secure_channel = secure_channel;
+    // SAFETY: the subsystem is inactive; the callback takes the argument back, the options are read before it returns.
     unsafe {
-        sys::spdk_nvmf_subsystem_add_listener(subsystem, &raw mut trid, Some(added), argument);
+        sys::spdk_nvmf_subsystem_add_listener_ext(
+            subsystem,
+            &raw const trid,
+            Some(added),
+            argument,
+            &raw mut options,
+        );
     }
 }
 

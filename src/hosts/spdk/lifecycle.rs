@@ -62,6 +62,7 @@ pub fn start(
         bdev: None,
         endpoint: None,
         links: Default::default(),
+        transports: Default::default(),
     });
     let shared = Arc::new(Shared::new(geometry));
     let for_manager = Arc::clone(&shared);
@@ -177,23 +178,18 @@ fn export(state: &mut State, volume: u32, reply: Reply) {
         return reply.fail(refusal::gone());
     };
     let name = control.create.name.clone();
-    let Some(address) = control.create.listen else {
+    let Some(listen) = control.create.listen.clone() else {
         return reply.ok(name);
     };
-    endpoint::export(
-        state,
-        volume,
-        address,
-        move |state, outcome| match outcome {
-            Ok(local) => {
-                if let Some(control) = state.node.control(volume) {
-                    control.listen = local;
-                }
-                reply.ok(name);
+    endpoint::export(state, volume, listen, move |state, outcome| match outcome {
+        Ok(local) => {
+            if let Some(control) = state.node.control(volume) {
+                control.listen = local;
             }
-            Err(error) => undo(state, volume, error, reply),
-        },
-    );
+            reply.ok(name);
+        }
+        Err(error) => undo(state, volume, error, reply),
+    });
 }
 
 /// A volume that came back by itself is what a configuration asks for: the rest of it is added.

@@ -3,23 +3,23 @@
 //! completes what is outstanding without another try; then the channels go, and the controller.
 
 use std::cell::RefCell;
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::collections::VecDeque;
+use std::ffi::{CString, c_int, c_void};
 use std::ptr;
 
+use super::connect::{self, Path};
 use super::context::Queue;
 use super::core::{Job, State, manager_core, on_all};
 use super::volume::with_manager;
 use super::{module, sys};
 use crate::engine::MAX_PEERS;
 use crate::host::{PeerAddress, PeerSlot};
-use crate::hosts::control::endpoint::{endpoint_nqn, host_id};
+use crate::rpc::volume::PeerTransport;
 
-/// From sending Connect to its answer, for each queue.
-const CONNECT_TIMEOUT_US: u64 = 3_000_000;
-/// For the TCP connection; SPDK has one setting for the whole process and none by default.
-const TCP_CONNECT_TIMEOUT_MS: u32 = 3000;
 /// More than a path id of bdev_nvme; all zeroes means every path.
 const PATH_ID_BYTES: usize = 4096;
+/// Between two looks for paths that are to be tried again.
+const PATH_LOOK_NS: u64 = 500_000_000;
 
 /// Core 0's knowledge of the way to one peer.
 #[derive(Default)]
@@ -29,9 +29,30 @@ pub struct Link {
     state: LinkState,
     /// Why it is closed.
     reason: String,
-    /// Commands that have not ended, over all cores, are none when this many cores have said so.
+    /// What bdev_nvme knows it as.
     controller: String,
+    /// There is such a controller: at least one path has been connected.
+    has_controller: bool,
+    /// The node at the other end, and how it is reached.
+    peer: u8,
+    transport: PeerTransport,
+    /// Paths that are still to be connected, the one that is being connected, and those that could not be.
+    untried: VecDeque<PeerAddress>,
+    connecting: Option<PeerAddress>,
+    unreached: Vec<PeerAddress>,
+    retry_at_ns: u64,
     desc: Option<*mut sys::spdk_bdev_desc>,
+}
+
+impl Link {
+    fn not_reached(&mut self, address: PeerAddress, reason: String) {
+        let delay_sec = self.transport.patience().reconnect_delay_sec.max(1);
+        self.retry_at_ns = super::context::now_ns() + u64::from(delay_sec) * 1_000_000_000;
+        self.unreached.push(address);
+        if self.state == LinkState::Connecting {
+            self.reason = reason;
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,26 +61,15 @@ enum LinkState {
     Down,
     /// bdev_nvme connects.
     Connecting,
-    /// As before, but nobody wants it any more.
-    Unwanted,
     /// Every core gets its channel.
     Opening,
     Up,
     /// The bdev is being reset.
     Resetting,
-    /// Waits for the last commands, then for the controller to go.
+    /// Waits for the last commands.
     Closing,
+    /// Waits for a path that is being connected, then for the controller to go.
     Deleting,
-}
-
-/// What bdev_nvme calls back with.
-struct Ticket {
-    volume: u32,
-    slot: PeerSlot,
-    generation: u32,
-    names: [*const c_char; 4],
-    /// What the options refer to while bdev_nvme has them.
-    _texts: Vec<CString>,
 }
 
 thread_local! {
@@ -81,17 +91,6 @@ fn link(state: &mut State, volume: u32, slot: PeerSlot) -> Option<&mut Link> {
     state.node.control(volume)?.links.get_mut(slot)
 }
 
-/// Copies a text into an array of C, with its end; false if it is too long.
-fn copy_text(to: &mut [c_char], text: &str) -> bool {
-    if text.len() >= to.len() {
-        return false;
-    }
-    for (to, from) in to.iter_mut().zip(text.bytes().chain([0])) {
-        *to = from as c_char;
-    }
-    true
-}
-
 /// The manager wants queue pairs to a peer.
 pub fn open(state: &mut State, volume: u32, slot: PeerSlot, address: &PeerAddress) {
     let peer = state
@@ -102,163 +101,114 @@ pub fn open(state: &mut State, volume: u32, slot: PeerSlot, address: &PeerAddres
     let Some(control) = state.node.control(volume) else {
         return;
     };
-    let (uuid, node_id) = (control.uuid, control.create.node_id);
+    let transport = control.transport(peer);
+    let alternate = transport
+        .alternate_addresses
+        .iter()
+        .map(|other| PeerAddress {
+            traddr: other.traddr.to_string(),
+            trsvcid: other.trsvcid,
+            ..address.clone()
+        });
+    let untried = std::iter::once(address.clone()).chain(alternate).collect();
     let controller = format!("{}.node{peer}", control.create.name);
+    CONTROLLERS.with_borrow_mut(|controllers| controllers.push(controller.clone()));
     let link = &mut control.links[slot];
-    link.generation = link.generation.wrapping_add(1);
-    link.state = LinkState::Connecting;
-    link.reason = String::new();
-    link.controller = controller.clone();
-    let generation = link.generation;
-    if let Err(reason) = connect(volume, slot, generation, &controller, address, |options| {
-        options.hostid_ext_from(host_id(&uuid, node_id));
-        (endpoint_nqn(&uuid, peer), endpoint_nqn(&uuid, node_id))
-    }) {
-        link.state = LinkState::Down;
-        down(state, volume, slot, &reason);
-    }
-}
-
-/// Extended host identifier, NVM Express Base Specification.
-trait HostId {
-    fn hostid_ext_from(&mut self, id: [u8; 16]);
-}
-
-impl HostId for sys::spdk_nvme_ctrlr_opts {
-    fn hostid_ext_from(&mut self, id: [u8; 16]) {
-        self.extended_host_id = id;
-    }
-}
-
-fn connect(
-    volume: u32,
-    slot: PeerSlot,
-    generation: u32,
-    controller: &str,
-    address: &PeerAddress,
-    identify: impl FnOnce(&mut sys::spdk_nvme_ctrlr_opts) -> (String, String),
-) -> Result<(), String> {
-    limit_tcp_connect();
-    CONTROLLERS.with_borrow_mut(|controllers| controllers.push(controller.to_owned()));
-    let mut trid = sys::spdk_nvme_transport_id::default();
-    let mut driver = sys::spdk_nvme_ctrlr_opts::default();
-    let mut bdev = sys::spdk_bdev_nvme_ctrlr_opts::default();
-    // SAFETY: both fill in structures of ours.
-    unsafe {
-        sys::spdk_nvme_ctrlr_get_default_ctrlr_opts(&raw mut driver, size_of_val(&driver));
-        sys::spdk_bdev_nvme_get_default_ctrlr_opts(&raw mut bdev);
-    }
-    let (subsystem_nqn, host_nqn) = identify(&mut driver);
-    trid.trtype = sys::SPDK_NVME_TRANSPORT_TCP;
-    trid.adrfam = if address.traddr.contains(':') {
-        sys::SPDK_NVMF_ADRFAM_IPV6
-    } else {
-        sys::SPDK_NVMF_ADRFAM_IPV4
+    *link = Link {
+        generation: link.generation.wrapping_add(1),
+        state: LinkState::Connecting,
+        controller,
+        peer,
+        transport,
+        untried,
+        ..Link::default()
     };
-    let fits = copy_text(&mut trid.trstring, "TCP")
-        && copy_text(&mut trid.traddr, &address.traddr)
-        && copy_text(&mut trid.trsvcid, &address.trsvcid.to_string())
-        && copy_text(&mut trid.subnqn, &subsystem_nqn)
-        && copy_text(&mut driver.hostnqn, &host_nqn);
-    if !fits {
-        return Err(format!("{} is no address", address.traddr));
-    }
-    driver.header_digest = address.header_digest;
-    driver.data_digest = address.data_digest;
-    driver.fabrics_connect_timeout_us = CONNECT_TIMEOUT_US;
-    // The volume's own configuration names the peer: bdev_nvme leaves controllers of a discovery service out of a
-    // saved one.
-    bdev.from_discovery_service = true;
-    // No second try of bdev_nvme's own: the session ends, and the manager asks for the next link.
-    bdev.ctrlr_loss_timeout_sec = 0;
-    bdev.reconnect_delay_sec = 0;
-    bdev.fast_io_fail_timeout_sec = 0;
-    let name = CString::new(controller).map_err(|_| "the volume's name has a zero".to_owned())?;
-    let mut ticket = Box::new(Ticket {
-        volume,
-        slot,
-        generation,
-        names: [ptr::null(); 4],
-        _texts: Vec::new(),
-    });
-    let names = ticket.names.as_mut_ptr();
-    let count = ticket.names.len() as u32;
-    let ticket = Box::into_raw(ticket);
-    // SAFETY: the ticket, with the names in it, lives until the callback takes it back; the rest is copied.
-    let result = unsafe {
-        sys::spdk_bdev_nvme_create(
-            &raw mut trid,
-            name.as_ptr(),
-            names,
-            count,
-            Some(connected),
-            ticket.cast(),
-            &raw mut driver,
-            &raw mut bdev,
-        )
-    };
-    if result == 0 {
-        return Ok(());
-    }
-    // SAFETY: refused, so the callback will not come.
-    drop(unsafe { Box::from_raw(ticket) });
-    let error = std::io::Error::from_raw_os_error(-result);
-    Err(format!("bdev_nvme refuses to connect: {error}"))
+    connect_next(state, volume, slot);
 }
 
-/// Without a limit an attempt to reach a peer that is not there lasts as long as the kernel's.
-fn limit_tcp_connect() {
-    let mut options = sys::spdk_nvme_transport_opts::default();
-    // SAFETY: fills in, and reads, a structure of ours.
-    unsafe {
-        sys::spdk_nvme_transport_get_opts(&raw mut options, size_of_val(&options));
-        if options.tcp_connect_timeout_ms == 0 {
-            options.tcp_connect_timeout_ms = TCP_CONNECT_TIMEOUT_MS;
-            sys::spdk_nvme_transport_set_opts(&raw const options, size_of_val(&options));
-        }
-    }
-}
-
-unsafe extern "C" fn connected(ticket: *mut c_void, bdevs: usize, result: c_int) {
-    // SAFETY: made by `connect`, called back once.
-    let ticket = unsafe { Box::from_raw(ticket.cast::<Ticket>()) };
-    let name = if bdevs > 0 {
-        // SAFETY: bdev_nvme has set as many names as it has bdevs.
-        unsafe { sys::text(ticket.names[0]) }
-    } else {
-        String::new()
-    };
-    let Some(core) = manager_core() else {
+/// Has bdev_nvme connect the next path, one at a time; without any the link is down.
+fn connect_next(state: &mut State, volume: u32, slot: PeerSlot) {
+    let Some(control) = state.node.control(volume) else {
         return;
     };
-    core.send(move |state| {
-        let (volume, slot) = (ticket.volume, ticket.slot);
-        let Some(link) = link(state, volume, slot) else {
-            return;
-        };
-        if link.generation != ticket.generation {
-            return;
+    let (uuid, own) = (control.uuid, control.create.node_id);
+    let link = &mut control.links[slot];
+    if !matches!(
+        link.state,
+        LinkState::Connecting | LinkState::Opening | LinkState::Up
+    ) {
+        return;
+    }
+    while let Some(address) = link.untried.pop_front() {
+        let outcome = connect::connect(&Path {
+            volume,
+            slot,
+            uuid,
+            nodes: (own, link.peer),
+            controller: &link.controller,
+            address: &address,
+            transport: &link.transport,
+        });
+        match outcome {
+            Ok(()) => {
+                link.connecting = Some(address);
+                return;
+            }
+            Err(reason) => link.not_reached(address, reason),
         }
-        if result != 0 {
-            link.state = LinkState::Down;
-            let error = std::io::Error::from_raw_os_error(-result);
-            return down(
-                state,
-                volume,
-                slot,
-                &format!("the peer is not reached: {error}"),
-            );
+    }
+    if link.state == LinkState::Connecting {
+        delete(state, volume, slot);
+    }
+}
+
+/// bdev_nvme has connected a path and found a bdev of this name, or has not.
+pub fn connected(state: &mut State, volume: u32, slot: PeerSlot, outcome: Result<String, String>) {
+    let Some(link) = link(state, volume, slot) else {
+        return;
+    };
+    let Some(address) = link.connecting.take() else {
+        return;
+    };
+    link.has_controller |= outcome.is_ok();
+    if link.state == LinkState::Deleting {
+        return delete(state, volume, slot);
+    }
+    match outcome {
+        Err(reason) => link.not_reached(address, reason),
+        Ok(name) if link.state == LinkState::Connecting => {
+            if name.is_empty() {
+                // The listener is there before the namespace: the next attempt finds it.
+                link.reason = "the peer's endpoint has no namespace yet".to_owned();
+                return delete(state, volume, slot);
+            }
+            attach(state, volume, slot, &name);
         }
-        if link.state == LinkState::Unwanted {
-            return delete(state, volume, slot);
+        Ok(_) => {}
+    }
+    connect_next(state, volume, slot);
+}
+
+/// With each round of the poller: paths that were not reached are tried again while the link lives by others.
+pub fn poll(state: &mut State) {
+    let now_ns = super::context::now_ns();
+    if now_ns < state.node.next_path_ns {
+        return;
+    }
+    state.node.next_path_ns = now_ns + PATH_LOOK_NS;
+    let mut due = Vec::new();
+    for control in &mut state.node.controls {
+        for (slot, link) in control.links.iter_mut().enumerate() {
+            let is_due = link.state == LinkState::Up && now_ns >= link.retry_at_ns;
+            if is_due && link.connecting.is_none() && !link.unreached.is_empty() {
+                link.untried.extend(link.unreached.drain(..));
+                due.push((control.volume, slot));
+            }
         }
-        if name.is_empty() {
-            // The listener is there before the namespace: the next attempt finds it.
-            link.reason = "the peer's endpoint has no namespace yet".to_owned();
-            return delete(state, volume, slot);
-        }
-        attach(state, volume, slot, &name);
-    });
+    }
+    for (volume, slot) in due {
+        connect_next(state, volume, slot);
+    }
 }
 
 unsafe extern "C" fn event(
@@ -363,7 +313,7 @@ pub fn close(state: &mut State, volume: u32, slot: PeerSlot, reason: &str) {
     match link.state {
         LinkState::Connecting => {
             link.reason = reason.to_owned();
-            link.state = LinkState::Unwanted;
+            link.state = LinkState::Deleting;
         }
         LinkState::Opening => {
             link.reason = reason.to_owned();
@@ -476,6 +426,13 @@ fn delete(state: &mut State, volume: u32, slot: PeerSlot) {
         return;
     };
     link.state = LinkState::Deleting;
+    if link.connecting.is_some() {
+        // It would make the controller anew; `connected` goes on from here.
+        return;
+    }
+    if !link.has_controller {
+        return is_down(state, volume, slot);
+    }
     let name = CString::new(link.controller.clone()).unwrap_or_default();
     let every_path = [0_u64; PATH_ID_BYTES / 8];
     let argument = (volume as usize) << 8 | slot;

@@ -5,10 +5,12 @@
 //! bdevs. On core 0, `node` takes requests, `opening` looks at backing bdevs, `lifecycle` makes and ends volumes, `link`
 //! reaches peers and `endpoint` lets them in; `role` and `ana` tell hosts which node serves.
 
+mod access;
 mod ana;
 pub mod app;
 mod backing;
 mod bdev;
+mod connect;
 mod context;
 mod core;
 mod endpoint;

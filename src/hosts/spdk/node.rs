@@ -23,8 +23,11 @@ use crate::engine::volume::VolumeGeometry;
 use crate::hosts::control::order::{self, Asked};
 use crate::hosts::control::report::{self, Facts};
 use crate::hosts::control::{config as saved, refusal};
-use crate::rpc::volume::{CreateVolume, SetOptions, VolumeRequest, no_volume};
+use crate::rpc::volume::{CreateVolume, PeerTransport, SetOptions, VolumeRequest, no_volume};
 use crate::rpc::{Reply, RpcError};
+
+/// Node ids are 0 to 7.
+const MAX_NODES: usize = MAX_PEERS + 1;
 
 /// What only core 0 knows.
 #[derive(Default)]
@@ -34,6 +37,8 @@ pub struct Node {
     /// Tried again with each round of the poller.
     pub deferred: Vec<Job>,
     pub exporter: Exporter,
+    /// When paths to peers are looked at next.
+    pub next_path_ns: u64,
     next_order: OrderId,
     next_number: u32,
 }
@@ -62,6 +67,8 @@ pub struct Control {
     pub bdev: Option<Registered>,
     pub endpoint: Option<Registered>,
     pub links: [Link; MAX_PEERS],
+    /// How nodes are reached that a peer was made known with.
+    pub transports: [PeerTransport; MAX_NODES],
 }
 
 /// What is to be done when a volume has ended.
@@ -70,6 +77,8 @@ pub type Ended = Box<dyn FnOnce(&mut State, Result<(), RpcError>)>;
 /// What an order's outcome is for.
 pub enum Pending {
     Reply(Reply),
+    /// A peer was made known: how this node was reached before, if it is refused.
+    AddPeer(Reply, u8, PeerTransport),
     Promote(Reply),
     Demote(Reply),
     /// The first attach of a new volume.
@@ -118,6 +127,20 @@ impl Node {
 }
 
 impl Control {
+    /// How a node is reached.
+    pub fn transport(&self, node_id: u8) -> PeerTransport {
+        let known = self.transports.get(usize::from(node_id));
+        known.cloned().unwrap_or_default()
+    }
+
+    /// Returns what was known before.
+    fn set_transport(&mut self, node_id: u8, transport: PeerTransport) -> PeerTransport {
+        match self.transports.get_mut(usize::from(node_id)) {
+            Some(known) => std::mem::replace(known, transport),
+            None => PeerTransport::default(),
+        }
+    }
+
     fn facts(&self) -> Facts<'_> {
         Facts {
             base_bdev: self.backing.as_ref().map(|backing| backing.name.as_str()),
@@ -139,6 +162,9 @@ impl Control {
 pub fn request(state: &mut State, request: VolumeRequest, reply: Reply) {
     let (name, order) = match order::ask(request) {
         Asked::Order(name, order) => (name, order),
+        Asked::AddPeer(name, order, transport) => {
+            return add_peer(state, &name, order, transport, reply);
+        }
         Asked::Create(create) => return opening::create(state, create, reply),
         Asked::Delete { name } => return lifecycle::delete(state, &name, reply),
         Asked::Wipe { base_bdev } => return opening::wipe(state, &base_bdev, reply),
@@ -157,6 +183,25 @@ pub fn request(state: &mut State, request: VolumeRequest, reply: Reply) {
         Order::Demote => role::demote(state, volume, reply),
         _ => give_order(state, volume, order, Pending::Reply(reply)),
     }
+}
+
+/// The manager may open the link while it carries the order out, so what the link needs is there before.
+fn add_peer(state: &mut State, name: &str, order: Order, transport: PeerTransport, reply: Reply) {
+    let control = match state.node.named(name) {
+        Ok(control) => control,
+        Err(error) => return reply.fail(error),
+    };
+    let Order::AddPeer { node_id, .. } = order else {
+        return;
+    };
+    let volume = control.volume;
+    let before = control.set_transport(node_id, transport);
+    give_order(
+        state,
+        volume,
+        order,
+        Pending::AddPeer(reply, node_id, before),
+    );
 }
 
 pub fn give_order(state: &mut State, volume: u32, order: Order, pending: Pending) {
@@ -180,6 +225,12 @@ pub fn ordered(state: &mut State, volume: u32, id: OrderId, outcome: OrderOutcom
     let outcome = outcome.map_err(order::order_error);
     match pending {
         Pending::Reply(reply) => reply.answer(outcome.map(|()| json!(true))),
+        Pending::AddPeer(reply, node_id, before) => {
+            if outcome.is_err() {
+                control.set_transport(node_id, before);
+            }
+            reply.answer(outcome.map(|()| json!(true)));
+        }
         Pending::Promote(reply) => role::promoted(state, volume, outcome, reply),
         Pending::Demote(reply) => role::demoted(state, volume, outcome, reply),
         Pending::Create(reply) => match outcome {
@@ -247,7 +298,9 @@ pub fn config(state: &State) -> Vec<VolumeRequest> {
                 // The target's own part of the configuration has it.
                 create.listen = None;
             }
-            calls.extend(saved::calls(&create, manager, &this.context));
+            calls.extend(saved::calls(&create, manager, &this.context, |node_id| {
+                control.transport(node_id)
+            }));
         }
     }
     calls

@@ -80,6 +80,12 @@ pub fn nvmf_listen_opts() -> spdk_nvmf_listen_opts {
     unsafe { filled(|opts, size| spdk_nvmf_listen_opts_init(opts, size)) }
 }
 
+/// Options of a listener of a subsystem.
+pub fn nvmf_listener_opts() -> spdk_nvmf_listener_opts {
+    // SAFETY: numbers, flags and pointers only.
+    unsafe { filled(|opts, size| spdk_nvmf_subsystem_listener_opts_init(opts, size)) }
+}
+
 /// The request of which this is the module's context (the reverse of [`bdev_io_context`]).
 ///
 /// # Safety

@@ -314,6 +314,7 @@ fn poll(state: &mut State) {
         opening::poll(state);
         endpoint::poll(state);
         ana::poll(state);
+        link::poll(state);
     }
     if state.volumes.is_empty() {
         return;

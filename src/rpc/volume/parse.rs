@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use serde_json::{Map, Value, json};
 
 use super::{
-    AddPeer, Address, AddressFamily, AnaListener, CreateVolume, SetOptions, Transport,
-    VolumeRequest,
+    AddPeer, Address, AddressFamily, AnaListener, CreateVolume, Listen, PeerTransport, SetOptions,
+    Transport, VolumeRequest,
 };
 use crate::engine::meta::format::AL_EXTENTS_DEFAULT;
 use crate::engine::meta::superblock::{AL_EXTENTS_MAX, AL_EXTENTS_MIN};
@@ -81,6 +81,7 @@ impl VolumeRequest {
                 address: address(&mut all)?,
                 hdgst: all.flag("hdgst")?,
                 ddgst: all.flag("ddgst")?,
+                transport: PeerTransport::take(&mut all)?,
                 connect: all.boolean("connect")?.unwrap_or(true),
             }),
             "bdev_repl_remove_peer" => VolumeRequest::RemovePeer {
@@ -148,19 +149,11 @@ impl VolumeRequest {
                 flag(&mut set, "assume_clean", create.assume_clean);
                 flag(&mut set, "has_data", create.has_data);
                 flag(&mut set, "force", create.force);
-                if let Some(listen) = &create.listen {
-                    set(
-                        "listen_address",
-                        json!({
-                            "trtype": "TCP",
-                            "adrfam": listen.adrfam().name(),
-                            "traddr": listen.traddr.to_string(),
-                            "trsvcid": listen.trsvcid.to_string(),
-                        }),
-                    );
-                }
                 if !create.ana_listeners.is_empty() {
                     set("ana_listeners", listeners_to_json(&create.ana_listeners));
+                }
+                if let Some(listen) = &create.listen {
+                    listen.put(&mut params);
                 }
                 "bdev_repl_create"
             }
@@ -196,6 +189,7 @@ impl VolumeRequest {
                 if !peer.connect {
                     set("connect", json!(false));
                 }
+                peer.transport.put(&mut params);
                 "bdev_repl_add_peer"
             }
             VolumeRequest::RemovePeer { name, node_id } => {
@@ -272,7 +266,7 @@ fn flag(set: &mut impl FnMut(&str, Value), key: &str, value: bool) {
 }
 
 fn create(all: &mut Parameters) -> Result<VolumeRequest, RpcError> {
-    let create = CreateVolume {
+    let mut create = CreateVolume {
         name: name(all)?,
         base_bdev: all.string("base_bdev")?,
         uuid: all.uuid("uuid")?,
@@ -294,16 +288,10 @@ fn create(all: &mut Parameters) -> Result<VolumeRequest, RpcError> {
         assume_clean: all.flag("assume_clean")?,
         has_data: all.flag("has_data")?,
         force: all.flag("force")?,
-        listen: match all.object("listen_address")? {
-            None => None,
-            Some(mut nested) => {
-                let listen = address(&mut nested)?;
-                nested.finish()?;
-                Some(listen)
-            }
-        },
+        listen: None,
         ana_listeners: ana_listeners(all)?.unwrap_or_default(),
     };
+    create.listen = Listen::take(all, create.node_id)?;
     let refuse = |text: &str| Err(RpcError::invalid(format!("bdev_repl_create: {text}")));
     if !create.granularity_kb.is_power_of_two() {
         return refuse(&format!(
@@ -357,7 +345,7 @@ fn node_id(all: &mut Parameters) -> Result<Option<u8>, RpcError> {
     all.number_u8("node_id", 0..=NODE_ID_MAX)
 }
 
-fn required_node_id(all: &mut Parameters) -> Result<u8, RpcError> {
+pub(super) fn required_node_id(all: &mut Parameters) -> Result<u8, RpcError> {
     node_id(all)?.ok_or_else(|| all.missing("node_id"))
 }
 
@@ -423,7 +411,7 @@ fn listeners_to_json(listeners: &[AnaListener]) -> Value {
 }
 
 /// trtype (only TCP), adrfam, traddr, trsvcid; the service may be a number or, as SPDK has it, a string.
-fn address(all: &mut Parameters) -> Result<Address, RpcError> {
+pub(super) fn address(all: &mut Parameters) -> Result<Address, RpcError> {
     let method = all.method().to_owned();
     if let Some(trtype) = all
         .string("trtype")?

@@ -154,6 +154,216 @@ fn another_method_is_not_found() {
     assert_eq!(code("bdev_repl_explode", json!({})), -32601);
 }
 
+fn peer(more: Value) -> Result<PeerTransport, RpcError> {
+    let mut params = json!({"name": "v", "node_id": 2, "traddr": "10.0.0.2", "trsvcid": "4430"});
+    let more = more.as_object().unwrap().clone();
+    params.as_object_mut().unwrap().extend(more);
+    match parse("bdev_repl_add_peer", params)? {
+        VolumeRequest::AddPeer(peer) => Ok(peer.transport),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn listen(more: Value) -> Result<Option<Listen>, RpcError> {
+    let mut params = json!({
+        "name": "v", "node_id": 1, "base_bdev": "b",
+        "listen_address": {"traddr": "10.0.0.1", "trsvcid": "4430"},
+    });
+    let more = more.as_object().unwrap().clone();
+    params.as_object_mut().unwrap().extend(more);
+    match parse("bdev_repl_create", params)? {
+        VolumeRequest::Create(create) => Ok(create.listen),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn patience(more: Value) -> (i32, u32, u32) {
+    let patience = peer(more).unwrap().patience();
+    (
+        patience.ctrlr_loss_timeout_sec,
+        patience.reconnect_delay_sec,
+        patience.fast_io_fail_timeout_sec,
+    )
+}
+
+#[test]
+fn a_lost_path_ends_the_link_unless_there_are_others_or_the_operator_is_patient() {
+    assert_eq!(patience(json!({})), (0, 0, 0));
+    let other = json!([{"traddr": "10.1.0.2", "trsvcid": 4430}]);
+    assert_eq!(patience(json!({"alternate_addresses": other})), (-1, 1, 1));
+    assert_eq!(patience(json!({"reconnect_delay_sec": 3})), (-1, 3, 3));
+    assert_eq!(
+        patience(json!({"ctrlr_loss_timeout_sec": 9, "fast_io_fail_timeout_sec": 0})),
+        (9, 1, 0)
+    );
+    assert_eq!(
+        patience(json!({"ctrlr_loss_timeout_sec": 0, "alternate_addresses": other})),
+        (0, 0, 0)
+    );
+}
+
+#[test]
+fn what_bdev_nvme_would_refuse_is_refused_with_a_reason() {
+    let other = json!([{"traddr": "10.1.0.2", "trsvcid": 4430}]);
+    for (more, part) in [
+        (
+            json!({"multipath": "yes"}),
+            "none of disable, failover, multipath",
+        ),
+        (
+            json!({"multipath": "disable", "alternate_addresses": other}),
+            "excludes",
+        ),
+        (
+            json!({"alternate_addresses": vec![other[0].clone(); 8]}),
+            "at most 7",
+        ),
+        (json!({"psk": ""}), "keyring_get_keys"),
+        (json!({"dhchap_ctrlr_key": "k"}), "needs a dhchap_key"),
+        (
+            json!({"ctrlr_loss_timeout_sec": 0, "reconnect_delay_sec": 1}),
+            "no second attempt",
+        ),
+        (
+            json!({"ctrlr_loss_timeout_sec": 5, "reconnect_delay_sec": 0}),
+            "at least 1",
+        ),
+        (
+            json!({"ctrlr_loss_timeout_sec": 5, "reconnect_delay_sec": 6}),
+            "not be longer",
+        ),
+        (
+            json!({"reconnect_delay_sec": 2, "fast_io_fail_timeout_sec": 1}),
+            "from reconnect_delay_sec",
+        ),
+        (
+            json!({"ctrlr_loss_timeout_sec": 5, "fast_io_fail_timeout_sec": 6}),
+            "to ctrlr_loss_timeout_sec",
+        ),
+    ] {
+        let error = peer(more.clone()).unwrap_err();
+        assert_eq!(error.code, -22, "{more}: {error}");
+        assert!(error.message.contains(part), "{more}: {error}");
+    }
+    for more in [
+        json!({"ctrlr_loss_timeout_sec": -2}),
+        json!({"reconnect_delay_sec": -1}),
+        json!({"fast_io_fail_timeout_sec": "1"}),
+        json!({"psk": 1}),
+        json!({"alternate_addresses": "10.1.0.2"}),
+        json!({"alternate_addresses": [{"traddr": "10.1.0.2"}]}),
+        json!({"alternate_addresses": [{"traddr": "10.1.0.2", "trsvcid": 1, "hdgst": true}]}),
+    ] {
+        assert_eq!(peer(more.clone()).unwrap_err().code, -32603, "{more}");
+    }
+}
+
+#[test]
+fn a_secure_endpoint_names_who_may_connect_and_each_has_a_key() {
+    let hosts = json!([{"node_id": 2, "psk": "k", "dhchap_key": "d", "dhchap_ctrlr_key": "c"}]);
+    let secure = listen(json!({"secure_channel": true, "allowed_hosts": hosts})).unwrap();
+    let secure = secure.unwrap();
+    assert!(secure.secure_channel);
+    let keys = &secure.allowed_hosts[0].keys;
+    let names = [&keys.psk, &keys.dhchap_key, &keys.dhchap_ctrlr_key];
+    assert_eq!(
+        names.map(|name| name.as_deref().unwrap_or_default()),
+        ["k", "d", "c"]
+    );
+    for (more, part) in [
+        (json!({"secure_channel": true}), "needs allowed_hosts"),
+        (json!({"allowed_hosts": []}), "no peer could connect"),
+        (
+            json!({"allowed_hosts": [{"node_id": 1}]}),
+            "this node itself",
+        ),
+        (
+            json!({"allowed_hosts": [{"node_id": 2}, {"node_id": 2}]}),
+            "twice",
+        ),
+        (
+            json!({"allowed_hosts": [{"node_id": 2, "psk": "k"}]}),
+            "together or not at all",
+        ),
+        (
+            json!({"secure_channel": true, "allowed_hosts": [{"node_id": 2, "dhchap_key": "k"}]}),
+            "together or not at all",
+        ),
+        (
+            json!({"listen_address": null, "allowed_hosts": [{"node_id": 2}]}),
+            "nvmf_subsystem_add_host",
+        ),
+        (
+            json!({"listen_address": null, "secure_channel": true}),
+            "add_listener",
+        ),
+    ] {
+        let error = listen(more.clone()).unwrap_err();
+        assert_eq!(error.code, -22, "{more}: {error}");
+        assert!(error.message.contains(part), "{more}: {error}");
+    }
+    for more in [
+        json!({"allowed_hosts": [{"psk": "k"}]}),
+        json!({"allowed_hosts": [{"node_id": 8}]}),
+        json!({"allowed_hosts": [{"node_id": 2, "key": "k"}]}),
+        json!({"secure_channel": 1}),
+    ] {
+        assert_eq!(listen(more.clone()).unwrap_err().code, -32603, "{more}");
+    }
+    let error = listen(json!({"allowed_hosts": [{"node_id": 2}, {"psk": "k"}]})).unwrap_err();
+    assert!(
+        error.message.contains("'allowed_hosts[1].node_id'"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_embedded_host_says_what_of_it_needs_spdk() {
+    let other = json!([{"traddr": "10.1.0.2", "trsvcid": 4430}]);
+    for (more, part) in [
+        (json!({"psk": "k"}), "TLS (psk)"),
+        (json!({"dhchap_key": "k"}), "DH-HMAC-CHAP"),
+        (json!({"alternate_addresses": other}), "multipath"),
+        (json!({"multipath": "failover"}), "multipath"),
+        (json!({"reconnect_delay_sec": 1}), "reconnect_delay_sec"),
+    ] {
+        let error = peer(more.clone())
+            .unwrap()
+            .refuse_on_embedded()
+            .unwrap_err();
+        assert_eq!(error.code, -95, "{more}: {error}");
+        assert!(error.message.contains(part), "{more}: {error}");
+        assert!(error.message.contains("in SPDK"), "{more}: {error}");
+    }
+    for more in [
+        json!({}),
+        json!({"multipath": "disable", "ctrlr_loss_timeout_sec": 0}),
+    ] {
+        peer(more).unwrap().refuse_on_embedded().unwrap();
+    }
+    for (more, part) in [
+        (
+            json!({"secure_channel": true, "allowed_hosts": [{"node_id": 2, "psk": "k"}]}),
+            "TLS (secure_channel)",
+        ),
+        (
+            json!({"allowed_hosts": [{"node_id": 2, "dhchap_key": "k"}]}),
+            "DH-HMAC-CHAP",
+        ),
+        (json!({"allowed_hosts": [{"node_id": 2}]}), "every host"),
+    ] {
+        let error = listen(more.clone()).unwrap().unwrap();
+        let error = error.refuse_on_embedded().unwrap_err();
+        assert_eq!(error.code, -95, "{more}: {error}");
+        assert!(error.message.contains(part), "{more}: {error}");
+    }
+    listen(json!({}))
+        .unwrap()
+        .unwrap()
+        .refuse_on_embedded()
+        .unwrap();
+}
+
 fn address_strategy() -> impl Strategy<Value = Address> {
     let ip = prop_oneof![
         any::<[u8; 4]>().prop_map(IpAddr::from),
@@ -184,6 +394,59 @@ fn listeners_strategy() -> impl Strategy<Value = Vec<AnaListener>> {
     })
 }
 
+fn keys_strategy() -> impl Strategy<Value = Keys> {
+    let key = || proptest::option::of("[a-z0-9]{1,9}");
+    (key(), key(), key()).prop_map(|(psk, dhchap_key, dhchap_ctrlr_key)| Keys {
+        psk,
+        dhchap_ctrlr_key: dhchap_ctrlr_key.filter(|_| dhchap_key.is_some()),
+        dhchap_key,
+    })
+}
+
+fn listen_strategy() -> impl Strategy<Value = Listen> {
+    let hosts = proptest::collection::btree_map(0u8..=7, keys_strategy(), 0..4);
+    (address_strategy(), any::<bool>(), hosts).prop_map(|(address, secure_channel, hosts)| Listen {
+        address,
+        secure_channel: secure_channel && !hosts.is_empty(),
+        allowed_hosts: hosts
+            .into_iter()
+            .map(|(node_id, mut keys)| {
+                keys.psk = secure_channel.then(|| keys.psk.unwrap_or_else(|| "k".to_owned()));
+                AllowedHost { node_id, keys }
+            })
+            .collect(),
+    })
+}
+
+fn transport_strategy() -> impl Strategy<Value = PeerTransport> {
+    let patience = proptest::option::of((1u32..9, 0u32..9, proptest::option::of(0i32..9)))
+        .prop_map(|some| match some {
+            None => (None, None, None),
+            Some((delay, more, loss)) => {
+                let fast = delay + more;
+                let loss = loss.map(|more| fast as i32 + more);
+                (loss, Some(delay), Some(fast))
+            }
+        });
+    let mode = prop_oneof![
+        Just(None),
+        Just(Some(Multipath::Disable)),
+        Just(Some(Multipath::Failover)),
+        Just(Some(Multipath::Multipath)),
+    ];
+    let others = proptest::collection::vec(address_strategy(), 0..3);
+    (others, mode, keys_strategy(), patience).prop_map(|(others, multipath, keys, patience)| {
+        PeerTransport {
+            multipath: multipath.filter(|mode| others.is_empty() || *mode != Multipath::Disable),
+            alternate_addresses: others,
+            keys,
+            ctrlr_loss_timeout_sec: patience.0,
+            reconnect_delay_sec: patience.1,
+            fast_io_fail_timeout_sec: patience.2,
+        }
+    })
+}
+
 fn name_strategy() -> impl Strategy<Value = String> {
     "[a-zA-Z0-9_.:-]{1,63}"
 }
@@ -203,7 +466,7 @@ fn create_strategy() -> impl Strategy<Value = VolumeRequest> {
         flags,
         uuid,
         (
-            proptest::option::of(address_strategy()),
+            proptest::option::of(listen_strategy()),
             listeners_strategy(),
         ),
     )
@@ -231,7 +494,11 @@ fn create_strategy() -> impl Strategy<Value = VolumeRequest> {
                     assume_clean: disk && first == 1,
                     has_data: disk && first == 2,
                     force: disk && force,
-                    listen,
+                    listen: listen.map(|mut listen: Listen| {
+                        listen.allowed_hosts.retain(|host| host.node_id != shape.0);
+                        listen.secure_channel &= !listen.allowed_hosts.is_empty();
+                        listen
+                    }),
                     ana_listeners,
                 })
             },
@@ -253,18 +520,22 @@ fn request_strategy() -> impl Strategy<Value = VolumeRequest> {
             name_strategy(),
             0u8..=7,
             address_strategy(),
-            any::<[bool; 3]>()
+            any::<[bool; 3]>(),
+            transport_strategy(),
         )
-            .prop_map(|(name, node_id, address, [hdgst, ddgst, connect])| {
-                VolumeRequest::AddPeer(AddPeer {
-                    name,
-                    node_id,
-                    address,
-                    hdgst,
-                    ddgst,
-                    connect,
-                })
-            }),
+            .prop_map(
+                |(name, node_id, address, [hdgst, ddgst, connect], transport)| {
+                    VolumeRequest::AddPeer(AddPeer {
+                        name,
+                        node_id,
+                        address,
+                        hdgst,
+                        ddgst,
+                        transport,
+                        connect,
+                    })
+                }
+            ),
         (name_strategy(), 0u8..=7)
             .prop_map(|(name, node_id)| VolumeRequest::RemovePeer { name, node_id }),
         (name_strategy(), node_id(), any::<bool>()).prop_map(|(name, node_id, discard_my_data)| {

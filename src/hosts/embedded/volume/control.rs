@@ -19,7 +19,7 @@ use crate::engine::volume::VolumeGeometry;
 use crate::hosts::control::order::{self, Asked};
 use crate::hosts::control::report::{self, Facts};
 use crate::hosts::control::{config as saved, refusal};
-use crate::rpc::volume::{CreateVolume, SetOptions, VolumeRequest, no_volume};
+use crate::rpc::volume::{CreateVolume, PeerTransport, SetOptions, VolumeRequest, no_volume};
 use crate::rpc::{Reply, RpcError};
 
 /// A volume as core 0 knows it.
@@ -93,6 +93,10 @@ pub(super) fn control_of<'a>(core: &'a mut Core, name: &str) -> Result<&'a mut C
 pub fn request(core: &mut Core, request: VolumeRequest, reply: Reply) {
     let (name, order) = match order::ask(request) {
         Asked::Order(name, order) => (name, order),
+        Asked::AddPeer(name, order, transport) => match transport.refuse_on_embedded() {
+            Ok(()) => (name, order),
+            Err(error) => return reply.fail(error),
+        },
         Asked::Create(create) => return create_volume(core, create, reply),
         Asked::Delete { name } => return delete(core, &name, reply),
         Asked::Wipe { base_bdev } => return open_device(core, base_bdev, Purpose::Wipe, reply),
@@ -225,7 +229,12 @@ pub fn config(core: &Core) -> Vec<VolumeRequest> {
         else {
             continue;
         };
-        calls.extend(saved::calls(&control.create, manager, &this.context));
+        calls.extend(saved::calls(
+            &control.create,
+            manager,
+            &this.context,
+            |_| PeerTransport::default(),
+        ));
     }
     calls
 }

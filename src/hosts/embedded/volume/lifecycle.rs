@@ -26,7 +26,7 @@ use crate::hosts::control::endpoint::{
 };
 use crate::hosts::control::{device, refusal};
 use crate::hosts::slab::Slab;
-use crate::rpc::volume::{Address, CreateVolume};
+use crate::rpc::volume::{Address, CreateVolume, Listen};
 use crate::rpc::{Reply, RpcError};
 
 /// The device is open: the volume comes to be, on every core.
@@ -201,7 +201,7 @@ fn export_endpoint(core: &mut Core, volume: u32, endpoint: BdevId, reply: Reply)
     };
     let nqn = endpoint_nqn(&control.uuid, control.create.node_id);
     let geometry = control.geometry;
-    let listen = control.create.listen;
+    let listen = control.create.listen.as_ref().map(|listen| listen.address);
     let uuid = *endpoint_uuid(&control.uuid, control.create.node_id).as_bytes();
     let made = {
         let mut state = core.target.state();
@@ -242,10 +242,10 @@ fn export_endpoint(core: &mut Core, volume: u32, endpoint: BdevId, reply: Reply)
             {
                 control.listen = Some(local);
                 // A saved configuration names the port that the kernel chose.
-                control.create.listen = Some(Address {
+                control.create.listen = Some(Listen::open(Address {
                     traddr: local.ip(),
                     trsvcid: local.port(),
-                });
+                }));
             }
             created(core, volume, reply);
         }
