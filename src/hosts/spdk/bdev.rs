@@ -12,6 +12,7 @@ use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::request::RequestKind;
 use crate::engine::volume::{MAX_TRANSFER_BYTES, MAX_ZEROES_BYTES, VolumeGeometry};
 use crate::host::AppStatus;
+use crate::hosts::control::received;
 use crate::hosts::spdk::trace;
 
 /// Which side of a volume an I/O comes in at.
@@ -480,6 +481,17 @@ pub fn aborted(core: &Core, io: BdevIo) {
 
 /// Answers a peer's command.
 pub fn answer(core: &Core, io: BdevIo, answer: PeerAnswer) {
-    let failed = sys::SPDK_BDEV_IO_STATUS_FAILED;
-    end(core, io, failed, Some((answer.to_dword0(), 0, 0)));
+    // SAFETY: a command of a peer has this part of the union.
+    let (opcode, _) = sys::command_words(unsafe { &(*io.0).u.nvme_passthru.cmd });
+    let (code_type, code) = if received::is_without_data(opcode, answer) {
+        received::NO_DATA
+    } else {
+        (0, 0)
+    };
+    let nvme = (
+        answer.to_dword0(),
+        c_int::from(code_type),
+        c_int::from(code),
+    );
+    end(core, io, sys::SPDK_BDEV_IO_STATUS_FAILED, Some(nvme));
 }

@@ -92,6 +92,8 @@ pub fn connect(path: &Path<'_>) -> Result<(), String> {
     }
     driver.header_digest = address.header_digest;
     driver.data_digest = address.data_digest;
+    // Refused reads are answers, and a link that goes is told of once.
+    driver.disable_error_logging = true;
     driver.fabrics_connect_timeout_us = CONNECT_TIMEOUT_US;
     // The volume's own configuration names the peer: bdev_nvme leaves controllers of a discovery service out of a
     // saved one.

@@ -11,6 +11,7 @@ use super::volume::{InFlight, InFlightKind, payload, token_of};
 use super::{bdev, sys};
 use crate::engine::peer::command::PeerCommand;
 use crate::host::{AppStatus, Data, DiskIo, DiskOp, PeerSlot, Token};
+use crate::hosts::control::received;
 use crate::hosts::slab::Key;
 
 /// NVM Express Base Specification, opcode of Flush.
@@ -25,7 +26,12 @@ extern "C" fn completed(io: *mut sys::spdk_bdev_io, success: bool, key: *mut c_v
         sys::spdk_bdev_io_get_nvme_status(io, &raw mut dword0, &raw mut code_type, &raw mut code);
         sys::spdk_bdev_free_io(io);
     }
-    let outcome = if success { Ok(dword0) } else { Err(()) };
+    let is_answer = received::answer(code_type as u8, code as u8, dword0).is_some();
+    let outcome = if success || is_answer {
+        Ok(dword0)
+    } else {
+        Err(())
+    };
     if let Some(core) = Core::current() {
         core.enter(Event::Done(key as u64, outcome));
     }

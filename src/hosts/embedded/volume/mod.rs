@@ -404,11 +404,15 @@ pub fn complete(core: &mut Core, volume: u32, token: u64, status: IoResult, dwor
             if let Some(queue) = &mut this.context.queues[slot] {
                 queue.outstanding = queue.outstanding.saturating_sub(1);
             }
-            match status {
-                Ok(()) => (IoStatus::Ok, PeerAnswer::from_dword0(dword0)),
-                // Engines answer in dword 0: anything else is the transport's, and ends the session.
-                Err(_) => (IoStatus::Gone, PeerAnswer::Malformed),
-            }
+            let answer = match status {
+                Ok(()) => received::answer(0, 0, dword0),
+                Err(IoError::Nvme(status)) => received::answer(status.sct, status.sc, dword0),
+                Err(IoError::Errno(_)) => None,
+            };
+            // Anything that is no engine's answer is the transport's, and ends the session.
+            answer.map_or((IoStatus::Gone, PeerAnswer::Malformed), |answer| {
+                (IoStatus::Ok, answer)
+            })
         }
         _ => (disk_status(status), PeerAnswer::Ok),
     };
