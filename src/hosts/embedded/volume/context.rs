@@ -36,12 +36,19 @@ pub enum AppHandle {
     Part(Key),
 }
 
+/// A received peer command, and its opcode.
+#[derive(Debug)]
+pub struct PeerTicket {
+    pub(super) ticket: Ticket,
+    pub(super) opcode: u8,
+}
+
 /// What the engine has asked for.
 pub(super) enum Action {
     Disk(Token, DiskIo, Data<Context>),
     Peer(PeerSlot, Token, PeerCommand, Data<Context>, usize),
     Finish(AppHandle, AppStatus),
-    Answer(Ticket, PeerAnswer),
+    Answer(PeerTicket, PeerAnswer),
     ToManager(ToManager<Context>),
     ToChannel(ChannelId, ToChannel<Context>),
     LinkOpen(PeerSlot, PeerAddress),
@@ -150,7 +157,7 @@ impl Host for Context {
     type Payload = DataPointer;
     type Buffer = Buffer;
     type Io = AppHandle;
-    type PeerIo = Ticket;
+    type PeerIo = PeerTicket;
 
     fn now_ns(&self) -> u64 {
         self.now_ns
@@ -243,7 +250,7 @@ impl Host for Context {
         self.actions.push_back(Action::Finish(io, status));
     }
 
-    fn answer(&mut self, io: Ticket, answer: PeerAnswer) {
+    fn answer(&mut self, io: PeerTicket, answer: PeerAnswer) {
         self.actions.push_back(Action::Answer(io, answer));
     }
 

@@ -35,7 +35,7 @@ use crate::hosts::slab::{Key, Slab};
 
 pub use control::{config, request};
 
-use context::{Action, AppHandle, Context};
+use context::{Action, AppHandle, Context, PeerTicket};
 use control::Control;
 use link::Links;
 use opening::Opening;
@@ -142,7 +142,7 @@ fn carry_out(core: &mut Core, volume: u32) {
                 submit_peer(core, volume, slot, token, &command, data, len);
             }
             Action::Finish(io, status) => finish(core, volume, io, status),
-            Action::Answer(ticket, answer) => core.complete(ticket, Ok(()), answer.to_dword0()),
+            Action::Answer(io, answer) => answer_peer(core, io, answer),
             Action::ToManager(message) => {
                 if core.index == MANAGER_CORE {
                     to_manager(core, volume, message);
@@ -235,6 +235,15 @@ fn submit_disk(core: &mut Core, volume: u32, token: Token, io: DiskIo, data: Dat
         }
         None => answer_later(core, owner, Err(IoError::Errno(libc::ENODEV))),
     }
+}
+
+fn answer_peer(core: &mut Core, io: PeerTicket, answer: PeerAnswer) {
+    let status = if received::is_without_data(io.opcode, answer) {
+        Err(IoError::Nvme(NvmeStatus::ABORT_REQUESTED))
+    } else {
+        Ok(())
+    };
+    core.complete(io.ticket, status, answer.to_dword0());
 }
 
 fn answer_later(core: &mut Core, owner: Owner, status: IoResult) {
@@ -364,12 +373,13 @@ fn peer_command(core: &mut Core, volume: u32, ticket: Ticket, io: BdevIo) {
         .map_or(0, |this| this.block_size);
     let command = match received::command(opcode, words, len, block_size) {
         Ok(command) => command,
-        Err(answer) => return core.complete(ticket, Ok(()), answer.to_dword0()),
+        Err(answer) => return answer_peer(core, PeerTicket { ticket, opcode }, answer),
     };
+    let io_of_peer = PeerTicket { ticket, opcode };
     let payload = (len > 0).then_some(io.data);
     with(core, volume, |this| {
         this.channel
-            .received(&mut this.context, command, payload, ticket);
+            .received(&mut this.context, command, payload, io_of_peer);
     });
 }
 
