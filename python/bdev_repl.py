@@ -89,7 +89,8 @@ def bdev_repl_create(args):
                  listen_address=_listen_address(args),
                  ana_listeners=args.ana_listener,
                  secure_channel=_true_if_set(args.secure_channel),
-                 allowed_hosts=args.allowed_host))
+                 allowed_hosts=args.allowed_host,
+                 register=args.register))
 
 
 def bdev_repl_delete(args):
@@ -210,6 +211,9 @@ def spdk_rpc_plugin_initialize(subparsers):
     p.add_argument("--ana-listener", action="append", type=_ana_listener, metavar="LISTENER",
                    help="Listener whose ANA state follows the role: 'traddr:ADDRESS trsvcid:PORT subnqn:NQN', and"
                         " 'anagrpid:N' unless it is the group of the volume's own namespace; may be given repeatedly")
+    p.add_argument("--register", choices=["always", "on_promote"],
+                   help="When the volume is a bdev. on_promote: while this node is Primary, so that logical volumes,"
+                        " partitions and encryption on it come up there. Default: always")
     p.add_argument("-k", "--secure-channel", action="store_true", help="Peers connect by TLS only")
     p.add_argument("--allowed-host", type=_allowed_host, action="append", metavar="NODE_ID[,KIND=KEY]...",
                    help="Only these nodes may connect, with these keys of the keyring: kind is psk (TLS), dhchap_key or"

@@ -120,6 +120,33 @@ pub struct AnaListener {
     pub anagrpid: Option<u32>,
 }
 
+/// When the volume is a bdev for what is built on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Register {
+    /// `always`: as long as there is the volume.
+    #[default]
+    Always,
+    /// `on_promote`: as long as this node is Primary, so that logical volumes, partitions and encryption on it come up there.
+    OnPromote,
+}
+
+impl Register {
+    /// As in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Register::Always => "always",
+            Register::OnPromote => "on_promote",
+        }
+    }
+
+    /// Parses what [`Register::name`] gives.
+    pub fn from_name(name: &str) -> Option<Register> {
+        [Register::Always, Register::OnPromote]
+            .into_iter()
+            .find(|register| name == register.name())
+    }
+}
+
 /// `bdev_repl_create`: makes a volume over a backing bdev, or brings back the one whose metadata is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateVolume {
@@ -154,6 +181,8 @@ pub struct CreateVolume {
     pub listen: Option<Listen>,
     /// Listeners whose ANA state follows the role.
     pub ana_listeners: Vec<AnaListener>,
+    /// When the volume is a bdev.
+    pub register: Register,
 }
 
 /// `bdev_repl_add_peer`: makes a peer known, and by default starts connecting to it.

@@ -8,6 +8,7 @@ mod export;
 #[path = "../e2e/hosts.rs"]
 mod hosts;
 mod inside;
+mod register;
 mod remote;
 #[path = "../e2e/stage.rs"]
 #[allow(

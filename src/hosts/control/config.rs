@@ -70,7 +70,7 @@ mod tests {
     use crate::engine::peer::state::{ConnState, DiskState, Role};
     use crate::host::PeerAddress;
     use crate::hosts::control::order::{Asked, ask, options};
-    use crate::rpc::volume::{AnaListener, Listen, Transport};
+    use crate::rpc::volume::{AnaListener, Listen, Register, Transport};
 
     fn create() -> CreateVolume {
         CreateVolume {
@@ -100,6 +100,7 @@ mod tests {
                 },
                 anagrpid: Some(3),
             }],
+            register: Register::OnPromote,
         }
     }
 

@@ -10,7 +10,7 @@ use crate::engine::meta::superblock::Superblock;
 use crate::engine::open::{Goal, OpenError};
 use crate::engine::volume::VolumeGeometry;
 use crate::rpc::RpcError;
-use crate::rpc::volume::CreateVolume;
+use crate::rpc::volume::{CreateVolume, Register};
 
 /// Bytes of one superblock, at each of [`wipe_places`].
 pub const WIPE_BYTES: u64 = BLOCK_SIZE as u64;
@@ -102,6 +102,7 @@ pub fn found(superblock: &Superblock, base_bdev: &str) -> CreateVolume {
         force: false,
         listen: None,
         ana_listeners: Vec::new(),
+        register: Register::Always,
     }
 }
 

@@ -20,6 +20,13 @@ pub fn needs_base_bdev() -> RpcError {
     )
 }
 
+/// A volume whose bdev comes and goes where nothing could be built on it.
+pub fn always_registered() -> RpcError {
+    RpcError::not_supported(
+        "register on_promote is for what SPDK builds on a volume: on this host a volume is a bdev always; leave it out",
+    )
+}
+
 /// A volume that has a backing bdev cannot be given another.
 pub fn has_base_bdev(name: &str) -> RpcError {
     RpcError::busy(format!(

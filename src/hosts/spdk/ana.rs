@@ -69,20 +69,17 @@ pub fn poll(state: &mut State) {
 /// Sets the first state that is not as it should be; with none left, goes on with what waits.
 fn look(state: &mut State, volume: u32) {
     let now_ns = super::context::now_ns();
-    let wanted = match state.volume(volume).and_then(|this| this.manager.as_ref()) {
-        Some(manager) if manager.is_primary() => sys::SPDK_NVME_ANA_OPTIMIZED_STATE,
-        _ => sys::SPDK_NVME_ANA_INACCESSIBLE_STATE,
-    };
+    let is_primary = state.is_primary(volume);
     let Some(control) = state.node.control(volume) else {
         return;
     };
     if control.ana.is_busy {
         return;
     }
-    let wanted = if control.deleting || control.is_demoting {
-        sys::SPDK_NVME_ANA_INACCESSIBLE_STATE
+    let wanted = if is_primary && !control.deleting && !control.is_demoting {
+        sys::SPDK_NVME_ANA_OPTIMIZED_STATE
     } else {
-        wanted
+        sys::SPDK_NVME_ANA_INACCESSIBLE_STATE
     };
     control.ana.next_look_ns = now_ns + LOOK_NS;
     control

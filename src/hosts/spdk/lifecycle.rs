@@ -22,7 +22,7 @@ use crate::engine::open::Opened;
 use crate::engine::volume::Shared;
 use crate::hosts::control::endpoint::{endpoint_name, endpoint_uuid};
 use crate::hosts::control::{device, refusal};
-use crate::rpc::volume::CreateVolume;
+use crate::rpc::volume::{CreateVolume, Register};
 use crate::rpc::{Reply, RpcError};
 
 /// The device is open: the volume comes to be, on every core. `is_found`: by itself.
@@ -56,6 +56,7 @@ pub fn start(
         orders: Vec::new(),
         deleting: false,
         is_demoting: false,
+        is_unregistering: false,
         ana: ana::Listeners::default(),
         is_published: false,
         is_found,
@@ -144,7 +145,12 @@ pub fn publish(state: &mut State, volume: u32, reply: Reply) {
         geometry: control.geometry,
         alignment: 0,
     };
-    let registered = register_volume(control)
+    let own = match control.create.register {
+        Register::Always => register_volume(control),
+        // Nobody can be Primary before.
+        Register::OnPromote => Ok(()),
+    };
+    let registered = own
         .and_then(|()| bdev::register(endpoint))
         .map(|endpoint| control.endpoint = Some(endpoint));
     if let Err(errno) = registered {
@@ -159,7 +165,7 @@ pub fn publish(state: &mut State, volume: u32, reply: Reply) {
 }
 
 /// Registers the bdev that applications use.
-fn register_volume(control: &mut Control) -> Result<(), i32> {
+pub fn register_volume(control: &mut Control) -> Result<(), i32> {
     let bdev = bdev::register(Parameters {
         name: control.create.name.clone(),
         volume: control.volume,
@@ -170,6 +176,24 @@ fn register_volume(control: &mut Control) -> Result<(), i32> {
     })?;
     control.bdev = Some(bdev);
     Ok(())
+}
+
+/// Takes the bdev that applications use away, if it is there; `then` when its users have let go of it.
+pub fn unregister_volume(state: &mut State, volume: u32, then: impl FnOnce(&mut State) + 'static) {
+    let Some(control) = state.node.control(volume) else {
+        return then(state);
+    };
+    let Some(bdev) = control.bdev.take() else {
+        return then(state);
+    };
+    control.is_unregistering = true;
+    let gone = move |state: &mut State| {
+        if let Some(control) = state.node.control(volume) {
+            control.is_unregistering = false;
+        }
+        then(state);
+    };
+    unregister(vec![bdev], Box::new(gone));
 }
 
 /// Lets peers in, where the volume is to listen.
@@ -194,12 +218,16 @@ fn export(state: &mut State, volume: u32, reply: Reply) {
 
 /// A volume that came back by itself is what a configuration asks for: the rest of it is added.
 pub fn complete_found(state: &mut State, volume: u32, create: CreateVolume, reply: Reply) {
+    let is_primary = state.is_primary(volume);
     if let Some(control) = state.node.control(volume) {
         control.is_found = false;
         control.create = CreateVolume {
             uuid: Some(control.uuid),
             ..create
         };
+        if control.create.register == Register::OnPromote && !is_primary {
+            return unregister_volume(state, volume, move |state| export(state, volume, reply));
+        }
     }
     export(state, volume, reply);
 }
@@ -237,6 +265,14 @@ fn close(
     volume: u32,
     then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
 ) {
+    if state
+        .node
+        .control(volume)
+        .is_some_and(|control| control.is_unregistering)
+    {
+        let again = move |state: &mut State| close(state, volume, then);
+        return state.node.deferred.push(Box::new(again));
+    }
     let pending = Pending::Delete(Box::new(move |state, outcome| match outcome {
         Ok(()) => {
             let close = move |state: &mut State| remove_bdevs(state, volume, then);

@@ -59,6 +59,8 @@ pub struct Control {
     pub deleting: bool,
     /// Hosts are being sent away, or the order to demote is on its way.
     pub is_demoting: bool,
+    /// Its bdev is going, and waits for its users.
+    pub is_unregistering: bool,
     pub ana: ana::Listeners,
     /// Its bdevs are there.
     pub is_published: bool,

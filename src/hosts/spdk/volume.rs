@@ -81,6 +81,13 @@ impl State {
         self.volumes.get_mut(volume as usize)?.as_deref_mut()
     }
 
+    /// On core 0: this node is Primary of the volume.
+    pub fn is_primary(&mut self, volume: u32) -> bool {
+        self.volume(volume)
+            .and_then(|this| this.manager.as_ref())
+            .is_some_and(|manager| manager.is_primary())
+    }
+
     pub fn is_manager_core(&self) -> bool {
         self.core.index == MANAGER_CORE
     }

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use serde_json::{Map, Value, json};
 
 use super::{
-    AddPeer, Address, AddressFamily, AnaListener, CreateVolume, Listen, PeerTransport, SetOptions,
-    Transport, VolumeRequest,
+    AddPeer, Address, AddressFamily, AnaListener, CreateVolume, Listen, PeerTransport, Register,
+    SetOptions, Transport, VolumeRequest,
 };
 use crate::engine::meta::format::AL_EXTENTS_DEFAULT;
 use crate::engine::meta::superblock::{AL_EXTENTS_MAX, AL_EXTENTS_MIN};
@@ -152,6 +152,9 @@ impl VolumeRequest {
                 if !create.ana_listeners.is_empty() {
                     set("ana_listeners", listeners_to_json(&create.ana_listeners));
                 }
+                if create.register != Register::default() {
+                    set("register", json!(create.register.name()));
+                }
                 if let Some(listen) = &create.listen {
                     listen.put(&mut params);
                 }
@@ -290,6 +293,14 @@ fn create(all: &mut Parameters) -> Result<VolumeRequest, RpcError> {
         force: all.flag("force")?,
         listen: None,
         ana_listeners: ana_listeners(all)?.unwrap_or_default(),
+        register: match all.string("register")? {
+            None => Register::default(),
+            Some(text) => Register::from_name(&text).ok_or_else(|| {
+                RpcError::invalid(format!(
+                    "bdev_repl_create: register '{text}' is neither always nor on_promote"
+                ))
+            })?,
+        },
     };
     create.listen = Listen::take(all, create.node_id)?;
     let refuse = |text: &str| Err(RpcError::invalid(format!("bdev_repl_create: {text}")));

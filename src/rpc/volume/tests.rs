@@ -27,6 +27,7 @@ fn create_needs_only_name_and_node_id() {
         (None, None, None)
     );
     assert_eq!(create.ana_listeners, []);
+    assert_eq!(create.register, Register::Always);
     assert!(!create.assume_clean && !create.has_data && !create.force);
 }
 
@@ -47,6 +48,7 @@ fn a_wrong_unknown_or_missing_parameter_is_32603() {
         json!({"name": "v", "node_id": 1, "listen_address": {"traddr": "10.0.0.1", "trsvcid": "4420", "x": 1}}),
         json!({"name": "v", "node_id": 1, "listen_address": {"traddr": "10.0.0.1", "trsvcid": "0"}}),
         json!({"name": "v", "node_id": 1, "ana_listeners": {"nqn": "n", "traddr": "10.0.0.1", "trsvcid": "1"}}),
+        json!({"name": "v", "node_id": 1, "register": true}),
         json!({"name": "v", "node_id": 1, "ana_listeners": ["10.0.0.1"]}),
         json!({"name": "v", "node_id": 1, "ana_listeners": [{"traddr": "10.0.0.1", "trsvcid": "1"}]}),
         json!({"name": "v", "node_id": 1, "ana_listeners": [{"nqn": "n", "traddr": "10.0.0.1"}]}),
@@ -80,6 +82,7 @@ fn a_value_that_cannot_be_is_22() {
             "listen_address",
             json!({"traddr": "10.0.0.1", "trsvcid": "4420", "trtype": "RDMA"}),
         ),
+        ("register", json!("on_demand")),
         (
             "ana_listeners",
             json!([{"nqn": "", "traddr": "10.0.0.1", "trsvcid": 1}]),
@@ -468,6 +471,7 @@ fn create_strategy() -> impl Strategy<Value = VolumeRequest> {
         (
             proptest::option::of(listen_strategy()),
             listeners_strategy(),
+            any::<bool>(),
         ),
     )
         .prop_map(
@@ -477,7 +481,7 @@ fn create_strategy() -> impl Strategy<Value = VolumeRequest> {
                 (base_bdev, size_mb),
                 (in_place, first, force),
                 uuid,
-                (listen, ana_listeners),
+                (listen, ana_listeners, on_promote),
             )| {
                 let disk = base_bdev.is_some();
                 VolumeRequest::Create(CreateVolume {
@@ -500,6 +504,11 @@ fn create_strategy() -> impl Strategy<Value = VolumeRequest> {
                         listen
                     }),
                     ana_listeners,
+                    register: if on_promote {
+                        Register::OnPromote
+                    } else {
+                        Register::Always
+                    },
                 })
             },
         )

@@ -14,7 +14,7 @@ use crate::engine::peer::answer::PeerAnswer;
 use crate::host::{Completion, Data, DiskOp, Token};
 use crate::hosts::control::device::{self, open_error};
 use crate::hosts::control::refusal;
-use crate::rpc::volume::{CreateVolume, Listen};
+use crate::rpc::volume::{CreateVolume, Listen, Register};
 use crate::rpc::{Reply, RpcError};
 
 /// What claims a backing bdev.
@@ -106,6 +106,9 @@ fn goal_of(
 pub(super) fn create(core: &mut Core, create: CreateVolume, reply: Reply) {
     if let Some(Err(error)) = create.listen.as_ref().map(Listen::refuse_on_embedded) {
         return reply.fail(error);
+    }
+    if create.register == Register::OnPromote {
+        return reply.fail(refusal::always_registered());
     }
     let name = &create.name;
     let opening =
