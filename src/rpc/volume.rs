@@ -274,9 +274,6 @@ pub enum VolumeRequest {
 pub trait VolumeService {
     /// Starts a request. `reply` may be kept and answered later from the same core.
     fn volume_request(&mut self, request: VolumeRequest, reply: Reply);
-
-    /// The calls that make the volumes of this node again, in order: what `framework_get_config` writes.
-    fn volume_config(&self) -> Vec<VolumeRequest>;
 }
 
 /// Parses `params` of one of [`METHODS`] and hands the request to `service`; a parse error is answered

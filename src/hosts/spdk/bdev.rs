@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::context::{BdevIo, Payload};
 use super::core::{Core, Event, manager_core};
-use super::{module, node, sys};
+use super::{module, node, rpc, sys};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::request::RequestKind;
 use crate::engine::volume::{MAX_TRANSFER_BYTES, MAX_ZEROES_BYTES, VolumeGeometry};
@@ -251,8 +251,20 @@ unsafe extern "C" fn dump_info_json(own: *mut c_void, w: *mut sys::spdk_json_wri
     0
 }
 
-/// Volumes are written by the module's `config_json`, with all that belongs to them.
-unsafe extern "C" fn write_config_json(_: *mut sys::spdk_bdev, _: *mut sys::spdk_json_write_ctx) {}
+/// A volume is written where its endpoint stands among the bdevs: behind its backing bdev, which must be made before it.
+/// What a module writes as a whole stands before every bdev.
+unsafe extern "C" fn write_config_json(
+    bdev: *mut sys::spdk_bdev,
+    w: *mut sys::spdk_json_write_ctx,
+) {
+    // SAFETY: SPDK hands back what was registered, and a writer inside an array.
+    unsafe {
+        let own = (*bdev).ctxt.cast::<OwnBdev>();
+        if (*own).port == Port::Peers {
+            rpc::write_config((*own).volume, w);
+        }
+    }
+}
 
 unsafe extern "C" fn submit_request(_: *mut sys::spdk_io_channel, io: *mut sys::spdk_bdev_io) {
     // SAFETY: an I/O that SPDK has just submitted.

@@ -33,7 +33,6 @@ const fn module() -> sys::spdk_bdev_module {
     module.fini_start = Some(fini_start);
     module.async_fini_start = true;
     module.module_fini = Some(module_fini);
-    module.config_json = Some(config_json);
     module.get_ctx_size = Some(get_ctx_size);
     module.examine_config = Some(examine_config);
     module.examine_disk = Some(examine_disk);
@@ -75,11 +74,6 @@ unsafe extern "C" fn fini_start() {
 }
 
 unsafe extern "C" fn module_fini() {}
-
-unsafe extern "C" fn config_json(w: *mut sys::spdk_json_write_ctx) -> c_int {
-    // SAFETY: SPDK's writer.
-    unsafe { rpc::write_config(w) }
-}
 
 unsafe extern "C" fn get_ctx_size() -> c_int {
     bdev::io_context_bytes() as c_int

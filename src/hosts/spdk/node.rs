@@ -284,26 +284,23 @@ fn set_options(state: &mut State, wanted: &SetOptions) -> Result<Value, RpcError
     Ok(json!(true))
 }
 
-/// The calls that make the volumes of this node again.
-pub fn config(state: &State) -> Vec<VolumeRequest> {
-    let mut calls = Vec::new();
-    for control in &state.node.controls {
-        let this = state
-            .volumes
-            .get(control.volume as usize)
-            .and_then(Option::as_ref);
-        if let Some(this) = this
-            && let Some(manager) = &this.manager
-        {
-            let mut create = control.create.clone();
-            if endpoint::listens_at(&control.uuid, create.node_id).is_some() {
-                // The target's own part of the configuration has it.
-                create.listen = None;
-            }
-            calls.extend(saved::calls(&create, manager, &this.context, |node_id| {
-                control.transport(node_id)
-            }));
-        }
+/// The calls that make a volume again.
+pub fn config(state: &State, volume: u32) -> Vec<VolumeRequest> {
+    let mut controls = state.node.controls.iter();
+    let control = controls.find(|control| control.volume == volume);
+    let this = state.volumes.get(volume as usize).and_then(Option::as_ref);
+    let (Some(control), Some(this)) = (control, this) else {
+        return Vec::new();
+    };
+    let Some(manager) = &this.manager else {
+        return Vec::new();
+    };
+    let mut create = control.create.clone();
+    if endpoint::listens_at(&control.uuid, create.node_id).is_some() {
+        // The target's own part of the configuration has it.
+        create.listen = None;
     }
-    calls
+    saved::calls(&create, manager, &this.context, |node_id| {
+        control.transport(node_id)
+    })
 }

@@ -1,7 +1,7 @@
 //! Our methods in SPDK's RPC server: what it has parsed becomes JSON of ours, goes to the one implementation of the
 //! methods, and its answer goes back. Registered by the constructor; called on the application's thread.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CString, c_char, c_void};
 
 use serde_json::{Map, Value};
 
@@ -13,10 +13,6 @@ use crate::rpc::{Reply, RpcError, volume};
 impl VolumeService for State {
     fn volume_request(&mut self, request: VolumeRequest, reply: Reply) {
         node::request(self, request, reply);
-    }
-
-    fn volume_config(&self) -> Vec<VolumeRequest> {
-        node::config(self)
     }
 }
 
@@ -175,12 +171,12 @@ unsafe fn text_of(value: &sys::spdk_json_val) -> Option<String> {
     String::from_utf8(bytes.to_vec()).ok()
 }
 
-/// Writes the calls that make the volumes again into a configuration that is being saved.
+/// Writes the calls that make a volume again into a configuration that is being saved.
 ///
 /// # Safety
 /// `w` writes inside an array.
-pub unsafe fn write_config(w: *mut sys::spdk_json_write_ctx) -> c_int {
-    let calls = manager_core().and_then(|core| core.look(|state| state.volume_config()));
+pub unsafe fn write_config(volume: u32, w: *mut sys::spdk_json_write_ctx) {
+    let calls = manager_core().and_then(|core| core.look(|state| node::config(state, volume)));
     for request in calls.unwrap_or_default() {
         let (method, params) = request.to_call();
         let text = serde_json::json!({"method": method, "params": params}).to_string();
@@ -188,5 +184,4 @@ pub unsafe fn write_config(w: *mut sys::spdk_json_write_ctx) -> c_int {
         // SAFETY: the text lives during the call.
         unsafe { sys::spdk_json_write_val_raw(w, start.cast::<c_void>(), text.len()) };
     }
-    0
 }

@@ -10,7 +10,7 @@ use thiserror::Error;
 use super::{nvme, nvmf};
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::registry::{BdevEntry, BdevOrigin};
-use crate::rpc::volume::VolumeService;
+use crate::hosts::embedded::volume;
 use crate::rpc::{Reply, RpcError};
 
 /// The subsystems that have a configuration, with what they depend on, in the order of loading.
@@ -32,7 +32,7 @@ fn call(method: &str, params: Value) -> Value {
 fn bdevs(core: &Core) -> Vec<Value> {
     let mut calls: Vec<Value> = core.registry.iter().filter_map(bdev).collect();
     calls.extend(nvme::configuration(core));
-    calls.extend(core.volume_config().iter().map(|request| {
+    calls.extend(volume::config(core).iter().map(|request| {
         let (method, params) = request.to_call();
         call(method, params)
     }));

@@ -9,8 +9,4 @@ impl VolumeService for Core {
     fn volume_request(&mut self, request: VolumeRequest, reply: Reply) {
         volume::request(self, request, reply);
     }
-
-    fn volume_config(&self) -> Vec<VolumeRequest> {
-        volume::config(self)
-    }
 }
