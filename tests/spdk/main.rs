@@ -5,6 +5,7 @@
 mod ana;
 mod blocking;
 mod export;
+mod flush;
 #[path = "../e2e/hosts.rs"]
 mod hosts;
 mod inside;
@@ -18,3 +19,4 @@ mod remote;
 mod stage;
 mod tools;
 mod trace;
+mod wire;

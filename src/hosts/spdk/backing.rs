@@ -7,7 +7,7 @@ use std::ptr;
 use uuid::Uuid;
 
 use super::core::manager_core;
-use super::{lifecycle, module, sys};
+use super::{lifecycle, link, module, sys};
 use crate::rpc::RpcError;
 
 /// How what a device has acknowledged becomes durable.
@@ -29,8 +29,6 @@ pub struct Disk {
     pub block_size: u32,
     pub blocks: u64,
     pub flush: Flush,
-    /// A write can be durable by itself.
-    pub has_fua: bool,
 }
 
 /// A backing bdev that is open and claimed, on core 0.
@@ -44,7 +42,6 @@ pub struct Backing {
     /// As a power of two.
     pub alignment: u8,
     pub flush: Flush,
-    pub has_fua: bool,
 }
 
 /// Modules whose bdevs have nothing below them that could keep a flush back.
@@ -93,7 +90,7 @@ fn unfit(name: &str, bdev: *mut sys::spdk_bdev) -> Option<RpcError> {
 }
 
 /// How flushes reach the device, or why it is not known that they do.
-fn flush_of(name: &str, bdev: *mut sys::spdk_bdev) -> Result<(Flush, bool), RpcError> {
+fn flush_of(name: &str, bdev: *mut sys::spdk_bdev) -> Result<Flush, RpcError> {
     // SAFETY: the bdev is open.
     let (module, has_cache, flushes, passes) = unsafe {
         (
@@ -105,11 +102,7 @@ fn flush_of(name: &str, bdev: *mut sys::spdk_bdev) -> Result<(Flush, bool), RpcE
     };
     if module == "nvme" && passes {
         // Without a volatile cache there is nothing to flush.
-        return Ok(if has_cache {
-            (Flush::Nvme, true)
-        } else {
-            (Flush::None, true)
-        });
+        return Ok(if has_cache { Flush::Nvme } else { Flush::None });
     }
     if !LEAVES.contains(&module.as_str()) && has_cache_below() && !nvme_flushes() {
         return Err(RpcError::not_supported(format!(
@@ -119,14 +112,14 @@ fn flush_of(name: &str, bdev: *mut sys::spdk_bdev) -> Result<(Flush, bool), RpcE
         )));
     }
     if flushes {
-        return Ok((Flush::Bdev, false));
+        return Ok(Flush::Bdev);
     }
     if has_cache {
         return Err(RpcError::not_supported(format!(
             "bdev {name} has a volatile write cache and takes no flush: what it acknowledges could be lost"
         )));
     }
-    Ok((Flush::None, false))
+    Ok(Flush::None)
 }
 
 /// Whether bdev_nvme sends flushes.
@@ -139,17 +132,19 @@ fn nvme_flushes() -> bool {
     options.enable_flush
 }
 
-/// Whether an NVMe bdev of this process has a volatile cache.
+/// Whether an NVMe bdev of this process has a volatile cache. What is below a layer is claimed: SPDK does not count it
+/// among its leaves.
 fn has_cache_below() -> bool {
     // SAFETY: on the application's thread, where bdevs come and go.
     unsafe {
-        let mut bdev = sys::spdk_bdev_first_leaf();
+        let mut bdev = sys::spdk_bdev_first();
         while !bdev.is_null() {
             let module = sys::text(sys::spdk_bdev_get_module_name(bdev));
-            if module == "nvme" && sys::spdk_bdev_has_write_cache(bdev) {
+            let is_disk = || !link::is_endpoint_of_peer(&sys::text(sys::spdk_bdev_get_name(bdev)));
+            if module == "nvme" && sys::spdk_bdev_has_write_cache(bdev) && is_disk() {
                 return true;
             }
-            bdev = sys::spdk_bdev_next_leaf(bdev);
+            bdev = sys::spdk_bdev_next(bdev);
         }
     }
     false
@@ -240,7 +235,7 @@ pub fn look(name: &str) -> Result<Backing, RpcError> {
         Some(error) => Err(error),
         None => flush_of(name, bdev),
     };
-    let (flush, has_fua) = match checked {
+    let flush = match checked {
         Ok(how) => how,
         Err(error) => {
             // SAFETY: opened above.
@@ -258,7 +253,6 @@ pub fn look(name: &str) -> Result<Backing, RpcError> {
             blocks: sys::spdk_bdev_get_num_blocks(bdev),
             alignment: (*bdev).required_alignment,
             flush,
-            has_fua,
         })
     }
 }
@@ -274,7 +268,6 @@ impl Backing {
             block_size: self.block_size,
             blocks: self.blocks,
             flush: self.flush,
-            has_fua: self.has_fua,
         })
     }
 

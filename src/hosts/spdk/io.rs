@@ -15,7 +15,11 @@ use crate::hosts::control::received;
 use crate::hosts::slab::Key;
 
 /// NVM Express Base Specification, opcode of Flush.
-const NVME_FLUSH: u32 = 0;
+const NVME_FLUSH: u8 = 0;
+/// As above, of Write.
+const NVME_WRITE: u8 = 1;
+/// As above, MDTS: a transfer of one page is always possible.
+const NVME_TRANSFER_BYTES_LEAST: u64 = 4096;
 /// Force Unit Access in command dword 12 of a write.
 pub const CDW12_FUA: u32 = 1 << 30;
 
@@ -152,6 +156,16 @@ fn try_start(state: &mut State, volume: u32, key: Key) -> c_int {
     }
 }
 
+/// Whether a write is durable by itself when it completes. SPDK's block layer takes FUA from nobody (bdev_nvme leaves it
+/// out of what it sends), so the command is passed through: only what no device finds too long and every device can
+/// reach, which are blocks of metadata. Other writes that are to be durable are flushed.
+pub fn writes_through(disk: &Disk, io: DiskIo, data: &Data<Context>) -> bool {
+    disk.flush == Flush::Nvme
+        && io.op == DiskOp::Write { fua: true }
+        && io.len <= NVME_TRANSFER_BYTES_LEAST
+        && matches!(data, Data::Buffer(_))
+}
+
 /// Starts an I/O on a disk; `argument` comes back with its completion.
 pub fn start_disk(
     disk: &Disk,
@@ -161,6 +175,7 @@ pub fn start_disk(
 ) -> c_int {
     let block = u64::from(disk.block_size.max(1));
     let (lba, blocks) = (io.offset / block, io.len / block);
+    let through = writes_through(disk, io, data);
     let data = payload(data, io.len as usize);
     // SAFETY: the channel belongs to this thread; data lives until the completion.
     unsafe {
@@ -175,26 +190,31 @@ pub fn start_disk(
                 Some(completed),
                 argument,
             ),
-            DiskOp::Write { fua } => {
-                let mut options = sys::spdk_bdev_ext_io_opts {
-                    size: size_of::<sys::spdk_bdev_ext_io_opts>(),
-                    ..Default::default()
-                };
-                if fua && disk.has_fua {
-                    options.nvme_cdw12.raw = CDW12_FUA;
-                }
-                sys::spdk_bdev_writev_blocks_ext(
+            DiskOp::Write { .. } if through => {
+                let mut command = sys::spdk_nvme_cmd::default();
+                let cdw12 = (blocks as u32).wrapping_sub(1) | CDW12_FUA;
+                let words = [0, 0, lba as u32, (lba >> 32) as u32, cdw12, 0, 0, 0];
+                sys::set_command(&mut command, NVME_WRITE, words);
+                sys::spdk_bdev_nvme_io_passthru(
                     disk.desc,
                     disk.channel,
-                    data.iovs,
-                    data.iov_count,
-                    lba,
-                    blocks,
+                    &raw const command,
+                    (*data.iovs).iov_base,
+                    io.len as usize,
                     Some(completed),
                     argument,
-                    &raw mut options,
                 )
             }
+            DiskOp::Write { .. } => sys::spdk_bdev_writev_blocks(
+                disk.desc,
+                disk.channel,
+                data.iovs,
+                data.iov_count,
+                lba,
+                blocks,
+                Some(completed),
+                argument,
+            ),
             // Only zeroes are the same on every replica: what a device reads after an unmap is its own affair.
             DiskOp::WriteZeroes { .. } | DiskOp::Unmap => sys::spdk_bdev_write_zeroes_blocks(
                 disk.desc,
@@ -224,7 +244,7 @@ fn flush(disk: &Disk, argument: *mut c_void) -> c_int {
             Flush::Nvme => {
                 // bdev_nvme completes a flush without sending it unless told otherwise; a command it passes through.
                 let mut command = sys::spdk_nvme_cmd::default();
-                sys::set_command(&mut command, NVME_FLUSH as u8, [0; 8]);
+                sys::set_command(&mut command, NVME_FLUSH, [0; 8]);
                 sys::spdk_bdev_nvme_io_passthru(
                     disk.desc,
                     disk.channel,
@@ -254,9 +274,12 @@ pub fn flush_after(state: &mut State, key: Key) -> bool {
     let InFlightKind::Disk(io) = kind else {
         return false;
     };
-    let disk = state.volume(volume).and_then(|this| this.disk.as_ref());
+    let this = state.volumes.get(volume as usize).and_then(Option::as_ref);
+    let disk = this.and_then(|this| this.disk.as_ref());
     let needed = disk.is_some_and(|disk| match io.op {
-        DiskOp::Write { fua } => fua && !disk.has_fua && disk.flush != Flush::None,
+        DiskOp::Write { fua } => {
+            fua && disk.flush != Flush::None && !writes_through(disk, io, &entry.data)
+        }
         DiskOp::WriteZeroes { fua } => fua && disk.flush != Flush::None,
         _ => false,
     });

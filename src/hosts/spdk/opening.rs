@@ -3,7 +3,7 @@
 
 use std::ffi::c_void;
 
-use super::backing::{self, Backing, Disk};
+use super::backing::{self, Backing, Disk, Flush};
 use super::context::{Action, Context};
 use super::core::State;
 use super::lifecycle::{start, start_attach};
@@ -256,7 +256,8 @@ pub fn completed(state: &mut State, number: u32, entry: InFlight, is_ok: bool) {
             io.op,
             DiskOp::Write { fua: true } | DiskOp::WriteZeroes { fua: true }
         )
-        && !(opening.disk.has_fua && matches!(io.op, DiskOp::Write { .. }));
+        && opening.disk.flush != Flush::None
+        && !io::writes_through(&opening.disk, io, &entry.data);
     opening.is_busy = false;
     if needs_flush {
         let flush = DiskIo {
