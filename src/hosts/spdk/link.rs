@@ -6,6 +6,8 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::connect::{self, Path};
 use super::context::Queue;
@@ -330,15 +332,22 @@ pub fn close(state: &mut State, volume: u32, slot: PeerSlot, reason: &str) {
 
 /// No core submits any more; then the bdev is reset if anything is outstanding.
 fn reset(volume: u32, slot: PeerSlot) {
+    let is_outstanding = Arc::new(AtomicBool::new(false));
+    let found = Arc::clone(&is_outstanding);
     on_all(
         move |state| {
             if let Some(this) = state.volume(volume)
                 && let Some(queue) = &mut this.context.queues[slot]
             {
                 queue.closing = true;
+                found.fetch_or(queue.outstanding > 0, Ordering::Relaxed);
             }
         },
         move |state| {
+            if !is_outstanding.load(Ordering::Relaxed) {
+                // A reset would connect once more first.
+                return drain(state, volume, slot);
+            }
             let queue = state
                 .volume(volume)
                 .and_then(|this| this.context.queues[slot]);
