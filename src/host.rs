@@ -4,6 +4,8 @@
 //! A host owns one context per core. Whatever it hands to the engine (`submit`, `complete`, `message`, `poll`) it
 //! hands over with that context; completions that arrive while the engine runs are delivered after it has returned.
 
+use std::ops::Range;
+
 use crate::engine::message::{OrderId, OrderOutcome, ToChannel, ToManager};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
@@ -130,7 +132,12 @@ pub trait Host: Sized {
     /// This core lets go of the backing device: nothing of the engine's is in flight on it.
     fn disk_release(&mut self);
 
-    /// Sends a command to a peer over this core's queue pair. The first `data_len` bytes of `data` go along.
+    /// Data that this node's endpoint takes with a command, in bytes, without waiting for memory that I/O of hosts may hold.
+    /// Asked on the manager's core, for each handshake.
+    fn in_capsule_bytes(&self) -> u32;
+
+    /// Sends a command to a peer over this core's queue pair. These bytes of `data` go along; for a command that is
+    /// answered with data, that is where they are put.
     ///
     /// # Errors
     /// The data and the reason, when it was not taken.
@@ -140,7 +147,7 @@ pub trait Host: Sized {
         token: Token,
         command: &PeerCommand,
         data: Data<Self>,
-        data_len: usize,
+        part: Range<usize>,
     ) -> Result<(), PeerRefusal<Self>>;
 
     /// Ends an application I/O.

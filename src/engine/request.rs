@@ -97,9 +97,90 @@ pub struct Request<H: Host> {
     pub tried: u8,
     /// It is in the channel's waiting list.
     pub queued: bool,
-    /// The session of each peer leg.
-    pub sessions: [u32; MAX_PEERS],
+    /// What a peer leg sends with one command at most.
+    pub unit_blocks: u32,
+    /// Commands that a peer leg consists of, each with a sequence of its own.
+    pub pieces: u16,
+    pub legs: [PeerLeg; MAX_PEERS],
 }
+
+/// Pieces that a peer leg has under way at once.
+const ROUND: u16 = 64;
+
+/// How far a leg on a peer is. It goes in rounds of up to 64 pieces; the next one begins when the last has ended.
+#[derive(Clone, Copy, Default)]
+pub struct PeerLeg {
+    /// Pieces of this round that the host has not taken.
+    pub unsent: u64,
+    pub session: u32,
+    /// The round's first piece.
+    pub first: u16,
+    /// Pieces that the host has.
+    pub in_flight: u8,
+}
+
+impl PeerLeg {
+    fn begin_round(&mut self, first: u16, pieces: u16) {
+        self.first = first;
+        self.unsent = u64::MAX >> (ROUND - (pieces - first).clamp(1, ROUND));
+    }
+
+    /// Goes on with the next round; false when the last one has ended.
+    pub fn next_round(&mut self, pieces: u16) -> bool {
+        let first = self.first + ROUND;
+        let more = first < pieces;
+        if more {
+            self.begin_round(first, pieces);
+        }
+        more
+    }
+}
+
+impl<H: Host> Request<H> {
+    /// The peer gets this request, under this session.
+    pub fn assign_peer(&mut self, slot: PeerSlot, session: u32) {
+        self.unsent |= 1 << slot;
+        let leg = &mut self.legs[slot];
+        leg.session = session;
+        leg.begin_round(0, self.pieces);
+    }
+
+    /// Nothing more is sent to the peer; what is in flight comes back.
+    pub fn drop_peer(&mut self, slot: PeerSlot) {
+        self.unsent &= !(1 << slot);
+        self.tried |= 1 << slot;
+        self.legs[slot].unsent = 0;
+    }
+
+    /// The blocks of a piece: LBA and number.
+    pub fn piece(&self, piece: u16) -> (u64, u32) {
+        piece_of(self.lba, self.blocks, self.unit_blocks, piece)
+    }
+}
+
+/// Into how many pieces a write of these blocks is cut for its peers. The cuts are at multiples of the unit, so that no two
+/// pieces touch the same granule where a unit is whole granules.
+pub fn pieces_of(lba: u64, blocks: u32, unit_blocks: u32) -> u16 {
+    if blocks <= unit_blocks {
+        return 1;
+    }
+    let unit = u64::from(unit_blocks);
+    (lba % unit + u64::from(blocks)).div_ceil(unit) as u16
+}
+
+fn piece_of(lba: u64, blocks: u32, unit_blocks: u32, piece: u16) -> (u64, u32) {
+    if blocks <= unit_blocks {
+        return (lba, blocks);
+    }
+    let unit = u64::from(unit_blocks);
+    let place = (lba / unit + u64::from(piece)) * unit;
+    let start = place.max(lba);
+    let end = (place + unit).min(lba + u64::from(blocks));
+    (start, (end - start) as u32)
+}
+
+/// The largest index that a token has room for.
+const MAX_INDEX: u16 = (1 << 15) - 1;
 
 /// Fixed capacity; a slot's generation changes whenever it is reused.
 pub struct RequestSlab<H: Host> {
@@ -108,7 +189,12 @@ pub struct RequestSlab<H: Host> {
 }
 
 impl<H: Host> RequestSlab<H> {
+    /// `capacity`: 32768 at most.
     pub fn new(capacity: u16) -> Self {
+        debug_assert!(
+            capacity <= MAX_INDEX + 1,
+            "an index has to fit into a token"
+        );
         Self {
             slots: (0..capacity).map(|_| (0, None)).collect(),
             free: (0..capacity).rev().collect(),
@@ -159,17 +245,62 @@ impl<H: Host> RequestSlab<H> {
             .filter_map(|(index, slot)| Some((index as u16, slot.1.as_ref()?)))
     }
 
-    /// A token for a leg of a request: generation 32 bits, kind 8, index 16, leg 8.
-    pub fn token(&self, index: u16, leg: usize) -> Token {
+    /// A token for a piece of a leg of a request: generation 32 bits, kind 8, index 15, place of the piece in its
+    /// round 6, leg 3.
+    pub fn token(&self, index: u16, leg: usize, place: u32) -> Token {
         let generation = self.slots[usize::from(index)].0;
-        Token(u64::from(generation) << 32 | u64::from(index) << 8 | leg as u64)
+        let what = u64::from(index) << 9 | u64::from(place) << 3 | leg as u64;
+        Token(u64::from(generation) << 32 | what)
     }
 
-    /// The request and leg of a token, if that request is still there.
-    pub fn resolve(&self, token: Token) -> Option<(u16, usize)> {
-        let (generation, index, leg) =
-            ((token.0 >> 32) as u32, (token.0 >> 8) as u16, token.0 as u8);
+    /// The request, leg and place of a token, if that request is still there.
+    pub fn resolve(&self, token: Token) -> Option<(u16, usize, u32)> {
+        let (generation, index) = ((token.0 >> 32) as u32, (token.0 >> 9) as u16 & MAX_INDEX);
         let slot = self.slots.get(usize::from(index))?;
-        (slot.0 == generation && slot.1.is_some()).then_some((index, usize::from(leg)))
+        let (leg, place) = (token.0 as usize & 7, (token.0 >> 3) as u32 & 63);
+        (slot.0 == generation && slot.1.is_some()).then_some((index, leg, place))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_the_write_cut_at_multiples_of_the_unit() {
+        for lba in 0..40 {
+            for blocks in 1..=300 {
+                for unit in [1, 2, 8, 24, 256, u32::MAX] {
+                    let count = pieces_of(lba, blocks, unit);
+                    let mut next = lba;
+                    for piece in 0..count {
+                        let (start, length) = piece_of(lba, blocks, unit, piece);
+                        assert_eq!(start, next);
+                        assert!((1..=unit).contains(&length));
+                        assert!(piece == 0 || start % u64::from(unit) == 0);
+                        next = start + u64::from(length);
+                    }
+                    assert_eq!(next, lba + u64::from(blocks));
+                    assert!(blocks > unit || count == 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounds_come_to_every_piece_once() {
+        for pieces in 1..=257 {
+            let mut leg = PeerLeg::default();
+            leg.begin_round(0, pieces);
+            let mut sent = Vec::new();
+            loop {
+                let of_round = (0..ROUND).filter(|place| leg.unsent & 1 << place != 0);
+                sent.extend(of_round.map(|place| leg.first + place));
+                if !leg.next_round(pieces) {
+                    break;
+                }
+            }
+            assert!(sent.into_iter().eq(0..pieces));
+        }
     }
 }

@@ -165,9 +165,9 @@ impl Shared {
         }
     }
 
-    /// The next sequence of a write of this node.
-    pub fn next_sequence(&self) -> u64 {
-        self.sequence.fetch_add(1, Ordering::Relaxed) + 1
+    /// The next sequence of a write of this node; with the following ones up to `count` in all.
+    pub fn next_sequences(&self, count: u16) -> u64 {
+        self.sequence.fetch_add(count.into(), Ordering::Relaxed) + 1
     }
 
     /// The number of the next command to a peer that is no write, whoever sends it. Numbers go on from session to

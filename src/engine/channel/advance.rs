@@ -5,7 +5,7 @@ use crate::engine::MAX_PEERS;
 use crate::engine::message::{Drain, ToManager};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::state::{DiskState, Role};
-use crate::engine::request::{LOCAL_MASK, Origin, Request, RequestKind, Stage};
+use crate::engine::request::{LOCAL_MASK, Origin, Request, RequestKind, Stage, pieces_of};
 use crate::host::{AppStatus, Host};
 
 /// Failed attempts after which a waiter reserves its range.
@@ -56,6 +56,7 @@ impl<H: Host> Channel<H> {
     }
 
     pub(super) fn retry_waiting(&mut self, cx: &mut H) {
+        self.short = 0;
         for _ in 0..self.waiting.len() {
             let Some(index) = self.waiting.pop_front() else {
                 return;
@@ -127,8 +128,8 @@ impl<H: Host> Channel<H> {
         } else if let (Origin::Application(_), Some(slot)) =
             (&request.origin, self.view.read_source(request.tried))
         {
-            request.unsent = 1 << slot;
-            request.sessions[slot] = self.view.peers[slot].send_session;
+            request.unsent = 0;
+            request.assign_peer(slot, self.view.peers[slot].send_session);
         } else {
             return self.end(cx, index, AppStatus::Failed);
         }
@@ -147,8 +148,7 @@ impl<H: Host> Channel<H> {
         }
         for (slot, peer) in self.view.peers.iter().enumerate() {
             if peer.is_remote() {
-                request.unsent |= 1 << slot;
-                request.sessions[slot] = peer.send_session;
+                request.assign_peer(slot, peer.send_session);
                 if peer.has_latest() {
                     request.latest |= 1 << slot;
                 }
@@ -273,9 +273,12 @@ impl<H: Host> Channel<H> {
     }
 
     fn assign_peers(&mut self, index: u16, lba: u64, blocks: u32) {
-        let sequence = self.shared.next_sequence();
         if let Some(request) = self.requests.get_mut(index) {
-            request.sequence = sequence;
+            if let RequestKind::Write { .. } = request.kind {
+                request.unit_blocks = self.view.write_unit_blocks();
+                request.pieces = pieces_of(lba, blocks, request.unit_blocks);
+            }
+            request.sequence = self.shared.next_sequences(request.pieces);
         }
         for slot in 0..MAX_PEERS {
             let peer = self.view.peers[slot];
@@ -285,8 +288,7 @@ impl<H: Host> Channel<H> {
             debug_assert!(!(peer.is_remote() && peer.is_noticed()));
             if peer.is_remote() {
                 if let Some(request) = self.requests.get_mut(index) {
-                    request.unsent |= 1 << slot;
-                    request.sessions[slot] = peer.send_session;
+                    request.assign_peer(slot, peer.send_session);
                     if peer.has_latest() {
                         request.latest |= 1 << slot;
                     }
@@ -316,11 +318,16 @@ impl<H: Host> Channel<H> {
     }
 
     fn send_legs(&mut self, cx: &mut H, index: u16) -> Step {
+        let mut all = true;
         for leg in 0..=MAX_PEERS {
             let unsent = self.requests.get(index).map_or(0, |request| request.unsent);
-            if unsent & (1 << leg) != 0 && !self.send_leg(cx, index, leg) {
-                return Step::Wait;
+            if unsent & (1 << leg) != 0 {
+                // One that has to wait keeps none of the others back.
+                all &= self.send_leg(cx, index, leg);
             }
+        }
+        if !all {
+            return Step::Wait;
         }
         self.enter(index, Stage::Flight)
     }

@@ -6,7 +6,7 @@ use crate::engine::message::ToManager;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{Range, RangesBody};
 use crate::engine::peer::command::{PeerCommand, Span, WriteOrder};
-use crate::engine::request::{LOCAL, LOCAL_MASK, Origin, Request, RequestKind};
+use crate::engine::request::{LOCAL, LOCAL_MASK, Origin, PeerLeg, Request, RequestKind};
 use crate::host::{Completion, Data, DiskIo, DiskOp, Host, IoStatus, PeerRefusal, PeerSlot};
 
 /// Ranges in one out-of-sync notice.
@@ -17,92 +17,176 @@ const NOTICES_IN_FLIGHT: u32 = 8;
 const NOTICE_BYTES: usize = 4096;
 
 impl<H: Host> Channel<H> {
-    /// Gives a leg to the host; false when the host has no resources now.
+    /// Gives a leg to the host; false when the host, or the peer, has no resources for all of it now.
     pub(super) fn send_leg(&mut self, cx: &mut H, index: u16, leg: usize) -> bool {
-        let token = self.requests.token(index, leg);
+        if leg == LOCAL {
+            self.send_local(cx, index)
+        } else {
+            self.send_peer(cx, index, leg)
+        }
+    }
+
+    fn send_local(&mut self, cx: &mut H, index: u16) -> bool {
+        let token = self.requests.token(index, LOCAL, 0);
         let Some(request) = self.requests.get_mut(index) else {
             return true;
         };
         let data = request.payload.clone().map_or(Data::None, Data::Payload);
-        if leg == LOCAL {
-            let bytes = self.shared.geometry.bytes_of(request.lba, request.blocks);
-            let io = DiskIo {
-                op: disk_op(request.kind),
-                offset: self.shared.geometry.data_offset + bytes.start,
-                len: bytes.end - bytes.start,
-            };
-            if cx.disk(token, io, data).is_err() {
-                return false;
-            }
-            self.disk_references += 1;
-        } else {
-            let len = match request.kind {
-                RequestKind::Read | RequestKind::Write { .. } => {
-                    request.blocks as usize * self.shared.geometry.block_size as usize
-                }
-                _ => 0,
-            };
-            let Some(command) = peer_command(request, request.sessions[leg]) else {
-                request.unsent &= !(1 << leg);
+        let bytes = self.shared.geometry.bytes_of(request.lba, request.blocks);
+        let io = DiskIo {
+            op: disk_op(request.kind),
+            offset: self.shared.geometry.data_offset + bytes.start,
+            len: bytes.end - bytes.start,
+        };
+        if cx.disk(token, io, data).is_err() {
+            return false;
+        }
+        self.disk_references += 1;
+        request.unsent &= !LOCAL_MASK;
+        request.pending |= LOCAL_MASK;
+        true
+    }
+
+    fn send_peer(&mut self, cx: &mut H, index: u16, slot: PeerSlot) -> bool {
+        let block = self.shared.geometry.block_size as usize;
+        loop {
+            let Some(request) = self.requests.get_mut(index) else {
                 return true;
             };
-            match cx.peer(leg, token, &command, data, len) {
-                Ok(()) => {}
-                Err(PeerRefusal::Later(_)) => return false,
+            let PeerLeg {
+                unsent,
+                session,
+                first,
+                ..
+            } = request.legs[slot];
+            if unsent == 0 {
+                request.unsent &= !(1 << slot);
+                return true;
+            }
+            if self.short & 1 << slot != 0
+                || self.commands[slot] >= self.view.peers[slot].limits.commands
+            {
+                self.short |= 1 << slot;
+                return false;
+            }
+            let place = unsent.trailing_zeros();
+            let piece = first + place as u16;
+            let Some((command, lba, blocks)) = peer_command(request, session, piece) else {
+                request.drop_peer(slot);
+                return true;
+            };
+            let part = match request.kind {
+                RequestKind::Read | RequestKind::Write { .. } => {
+                    let start = (lba - request.lba) as usize * block;
+                    start..start + blocks as usize * block
+                }
+                _ => 0..0,
+            };
+            let data = request.payload.clone().map_or(Data::None, Data::Payload);
+            let token = self.requests.token(index, slot, place);
+            match cx.peer(slot, token, &command, data, part) {
+                Ok(()) => {
+                    self.commands[slot] += 1;
+                    if let Some(request) = self.requests.get_mut(index) {
+                        let leg = &mut request.legs[slot];
+                        leg.unsent &= !(1 << place);
+                        leg.in_flight += 1;
+                        request.pending |= 1 << slot;
+                    }
+                }
+                Err(PeerRefusal::Later(_)) => {
+                    self.short |= 1 << slot;
+                    return false;
+                }
                 Err(PeerRefusal::Down(_)) => {
-                    request.unsent &= !(1 << leg);
-                    request.tried |= 1 << leg;
-                    let session = request.sessions[leg];
-                    self.miss(index, leg);
-                    self.report_lost(cx, leg, session);
+                    self.peer_leg_failed(cx, index, slot, session);
                     return true;
                 }
             }
         }
-        request.unsent &= !(1 << leg);
-        request.pending |= 1 << leg;
-        true
+    }
+
+    /// What the peer has of the request counts for nothing: the bit is set, and the session is over.
+    fn peer_leg_failed(&mut self, cx: &mut H, index: u16, slot: PeerSlot, session: u32) {
+        if let Some(request) = self.requests.get_mut(index) {
+            request.drop_peer(slot);
+        }
+        self.miss(index, slot);
+        self.report_lost(cx, slot, session);
     }
 
     pub(super) fn leg_done(&mut self, cx: &mut H, completion: Completion<H>) {
-        let Some((index, leg)) = self.requests.resolve(completion.token) else {
+        let Some((index, leg, place)) = self.requests.resolve(completion.token) else {
             debug_assert!(false, "a completion without its request");
             return;
         };
-        let Some(request) = self.requests.get_mut(index) else {
-            return;
-        };
-        let mask = 1u8 << leg;
-        request.pending &= !mask;
         if leg == LOCAL {
             self.disk_references -= 1;
-            if completion.status == IoStatus::Ok {
-                request.done |= mask;
-            } else {
-                self.local_leg_failed(cx, index);
+            if let Some(request) = self.requests.get_mut(index) {
+                request.pending &= !LOCAL_MASK;
+                if completion.status == IoStatus::Ok {
+                    request.done |= LOCAL_MASK;
+                } else {
+                    self.local_leg_failed(cx, index);
+                }
             }
         } else {
-            let session = request.sessions[leg];
-            match (completion.status, completion.answer) {
-                (IoStatus::Ok, PeerAnswer::Ok) if request.missed & mask == 0 => {
-                    request.done |= mask
-                }
-                // The peer has it, but its session was given up before it said so: the bit stays.
-                (IoStatus::Ok, PeerAnswer::Ok) => {}
-                (IoStatus::Ok, PeerAnswer::Busy | PeerAnswer::NotYet)
-                    if session == self.view.peers[leg].send_session =>
-                {
-                    request.unsent |= mask;
-                    return self.enqueue(index);
-                }
-                _ => {
-                    request.tried |= mask;
-                    self.miss(index, leg);
-                    self.report_lost(cx, leg, session);
-                }
+            self.commands[leg] -= 1;
+            let (status, answer) = (completion.status, completion.answer);
+            if self.piece_done(cx, index, leg, place, status, answer) {
+                return self.enqueue(index);
             }
         }
         self.advance(cx, index);
+    }
+
+    /// A piece has ended; whether it has to be sent again, later.
+    fn piece_done(
+        &mut self,
+        cx: &mut H,
+        index: u16,
+        slot: PeerSlot,
+        place: u32,
+        status: IoStatus,
+        answer: PeerAnswer,
+    ) -> bool {
+        let Some(request) = self.requests.get_mut(index) else {
+            return false;
+        };
+        let mask = 1u8 << slot;
+        // If not, another piece has failed or the session was given up: the bit stays, whatever the peer has of it.
+        let counts = (request.tried | request.missed) & mask == 0;
+        let leg = &mut request.legs[slot];
+        leg.in_flight -= 1;
+        if leg.in_flight == 0 {
+            request.pending &= !mask;
+        }
+        let session = leg.session;
+        match (status, answer) {
+            (IoStatus::Ok, PeerAnswer::Ok) => {
+                if counts && leg.in_flight == 0 && leg.unsent == 0 {
+                    if leg.next_round(request.pieces) {
+                        request.unsent |= mask;
+                    } else {
+                        request.done |= mask;
+                    }
+                }
+                false
+            }
+            (IoStatus::Ok, PeerAnswer::Busy | PeerAnswer::NotYet)
+                if session == self.view.peers[slot].send_session =>
+            {
+                if counts {
+                    leg.unsent |= 1 << place;
+                    request.unsent |= mask;
+                }
+                counts
+            }
+            _ => {
+                self.peer_leg_failed(cx, index, slot, session);
+                false
+            }
+        }
     }
 
     fn local_leg_failed(&mut self, cx: &mut H, index: u16) {
@@ -142,10 +226,11 @@ impl<H: Host> Channel<H> {
         if affected == 0 {
             return;
         }
-        request.unsent &= !slots;
-        request.tried |= affected;
         for slot in 0..MAX_PEERS {
             if affected & (1 << slot) != 0 {
+                if let Some(request) = self.requests.get_mut(index) {
+                    request.drop_peer(slot);
+                }
                 self.miss(index, slot);
             }
         }
@@ -176,6 +261,7 @@ impl<H: Host> Channel<H> {
             let session = self.view.peers[slot].send_session;
             while !self.notices[slot].queued.is_empty()
                 && self.notices[slot].in_flight < NOTICES_IN_FLIGHT
+                && self.commands[slot] < self.view.peers[slot].limits.commands
             {
                 if session == 0 || !self.send_notice(cx, slot, session) {
                     break;
@@ -188,6 +274,7 @@ impl<H: Host> Channel<H> {
         let Some(mut buffer) = cx.buffer(NOTICE_BYTES) else {
             return false;
         };
+        let room = NOTICE_BYTES.min(self.view.peers[slot].limits.body_bytes as usize);
         let notices = &mut self.notices[slot];
         let count = notices.queued.len().min(NOTICE_RANGES);
         let Some((lba, blocks)) = notices.queued.front().copied() else {
@@ -202,15 +289,16 @@ impl<H: Host> Channel<H> {
                 range.span = span;
             }
         }
-        let (count, len) = RangesBody::emit(&ranges[..count], buffer.as_mut());
+        let (count, len) = RangesBody::emit(&ranges[..count], &mut buffer.as_mut()[..room]);
         let command = PeerCommand::OutOfSync {
             session,
             sequence: self.shared.next_control_sequence(slot),
             len: len as u32,
         };
         let token = Self::token(TOKEN_NOTICE, slot);
-        match cx.peer(slot, token, &command, Data::Buffer(buffer), len) {
+        match cx.peer(slot, token, &command, Data::Buffer(buffer), 0..len) {
             Ok(()) => {
+                self.commands[slot] += 1;
                 notices.queued.drain(..count);
                 notices.in_flight += 1;
                 true
@@ -226,6 +314,7 @@ impl<H: Host> Channel<H> {
     pub(super) fn notice_done(&mut self, cx: &mut H, completion: Completion<H>) {
         let slot = (completion.token.0 & !TOKEN_KIND) as usize;
         self.notices[slot].in_flight -= 1;
+        self.commands[slot] -= 1;
         if completion.status != IoStatus::Ok || completion.answer != PeerAnswer::Ok {
             // Our own bit is set, so nothing is lost; but the peer's count differs from ours: start again.
             let session = self.view.peers[slot].send_session;
@@ -245,17 +334,21 @@ fn disk_op(kind: RequestKind) -> DiskOp {
     }
 }
 
-/// The command of a peer leg; `None` if the span is none, which `accepts` has ruled out.
-fn peer_command<H: Host>(request: &Request<H>, session: u32) -> Option<PeerCommand> {
+/// The command of a piece of a peer leg, and the blocks that it is about; `None` if the span is none, which `accepts` has
+/// ruled out.
+fn peer_command<H: Host>(
+    request: &Request<H>,
+    session: u32,
+    piece: u16,
+) -> Option<(PeerCommand, u64, u32)> {
     if request.kind == RequestKind::Flush {
-        return Some(PeerCommand::Flush {
-            session,
-            sequence: 0,
-        });
+        let sequence = 0;
+        return Some((PeerCommand::Flush { session, sequence }, 0, 0));
     }
-    let span = Span::new(request.lba, request.blocks)?;
-    let order = WriteOrder::new(request.sequence);
-    Some(match request.kind {
+    let (lba, blocks) = request.piece(piece);
+    let span = Span::new(lba, blocks)?;
+    let order = WriteOrder::new(request.sequence + u64::from(piece));
+    let command = match request.kind {
         RequestKind::Write { fua } => PeerCommand::Write {
             session,
             span,
@@ -274,5 +367,6 @@ fn peer_command<H: Host>(request: &Request<H>, session: u32) -> Option<PeerComma
             span,
             must_include: 0,
         },
-    })
+    };
+    Some((command, lba, blocks))
 }

@@ -55,6 +55,10 @@ pub struct Channel<H: Host> {
     shards: [Shard; MAX_PEERS],
     log: Log<H>,
     notices: [Notices; MAX_PEERS],
+    /// Commands of this channel that each peer has not answered.
+    commands: [u16; MAX_PEERS],
+    /// Peers that took no more: who came later waits too, until those before it had their turn with the poller.
+    short: u8,
     drains: Vec<(u64, Drain)>,
     /// Legs on the local disk, this channel's own included.
     disk_references: u32,
@@ -92,6 +96,8 @@ impl<H: Host> Channel<H> {
                 queued: VecDeque::with_capacity(usize::from(CAPACITY)),
                 in_flight: 0,
             }),
+            commands: [0; MAX_PEERS],
+            short: 0,
             drains: Vec::new(),
             disk_references: 0,
             released: true,
@@ -176,7 +182,9 @@ impl<H: Host> Channel<H> {
             local_failed: false,
             tried: 0,
             queued: false,
-            sessions: [0; MAX_PEERS],
+            unit_blocks: u32::MAX,
+            pieces: 1,
+            legs: Default::default(),
         }
     }
 

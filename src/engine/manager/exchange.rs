@@ -58,7 +58,8 @@ impl<H: Host> Manager<H> {
         slot: PeerSlot,
         cursor: u64,
     ) -> Option<(Vec<u8>, Option<u64>)> {
-        let mut body = vec![0; BITMAP_BYTES];
+        let most = self.view.peers[slot].limits.body_bytes as usize;
+        let mut body = vec![0; BITMAP_BYTES.min(most)];
         let encoded = wire::encode(&self.masters[slot], cursor, &mut body);
         body.truncate(encoded.len);
         (encoded.len > 0).then_some((body, encoded.next))

@@ -2,24 +2,30 @@
 //! the session's commands, confirm, and enter the decided state. Called by `session`, which also ends what begins here.
 
 use super::Manager;
-use super::outbox::Call;
+use super::outbox::{self, Call};
 use super::peer::{Asked, Link};
+use super::pull;
 use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::handshake::{Decision, Outcome, decide};
 use crate::engine::peer::hello::{
-    self, Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
+    self, CREDITS_MIN, Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
 };
 use crate::engine::peer::state::{ConnState, DiskState, PeerState, Role};
+use crate::engine::view::PeerLimits;
 use crate::engine::volume::MAX_TRANSFER_BYTES;
 use crate::host::{Host, PeerSlot};
 
 /// Between two attempts at a question that was answered "not yet".
 const ASK_AGAIN_NS: u64 = 10_000_000;
-/// Received commands that a peer may have outstanding on a queue pair.
-const CREDITS: u16 = 64;
+/// Received commands that a peer may have outstanding on a queue pair, whose depth is usually 128.
+const CREDITS: u16 = 96;
+/// Those of the credits that the manager needs on its core; a channel has the others.
+const MANAGER_COMMANDS: u16 = outbox::IN_FLIGHT as u16 + pull::PIECES as u16;
+
+const _: () = assert!(MANAGER_COMMANDS < CREDITS_MIN);
 /// Reasons of `Refused` beside those of an incompatible Hello: the two have diverged, or were never the same.
 const SPLIT_BRAIN: u8 = 100;
 const UNRELATED: u8 = 101;
@@ -45,7 +51,7 @@ impl<H: Host> Manager<H> {
         // Bits are looked at again when the state has been entered.
         let now = Hello {
             dirty_bits: said.dirty_bits,
-            ..self.hello(slot, said.nonce)
+            ..self.hello(cx, slot, said.nonce)
         };
         if now == said {
             return true;
@@ -91,7 +97,7 @@ impl<H: Host> Manager<H> {
         }
         self.hello_count = self.hello_count.wrapping_add(1);
         let nonce = hello::nonce(self.hello_start, self.hello_count);
-        let hello = self.hello(slot, nonce);
+        let hello = self.hello(cx, slot, nonce);
         let peer = &mut self.peers[slot];
         peer.nonce = nonce;
         peer.my_hello = Some(hello);
@@ -105,7 +111,7 @@ impl<H: Host> Manager<H> {
         );
     }
 
-    fn hello(&self, slot: PeerSlot, nonce: u64) -> Hello {
+    fn hello(&self, cx: &H, slot: PeerSlot, nonce: u64) -> Hello {
         let geometry = &self.shared.geometry;
         let superblock = &self.superblock;
         let generations = &superblock.generations;
@@ -133,7 +139,7 @@ impl<H: Host> Manager<H> {
             dirty_bits: self.masters[slot].count(),
             nonce,
             max_transfer_bytes: MAX_TRANSFER_BYTES as u32,
-            in_capsule_bytes: 4096,
+            in_capsule_bytes: cx.in_capsule_bytes(),
             credits: CREDITS,
         }
     }
@@ -194,15 +200,16 @@ impl<H: Host> Manager<H> {
         }
         if !self.peers[slot].wanted || self.closing {
             // It may have missed why: tell it.
-            let decision = decide(&self.hello(slot, 1), &theirs);
-            let code = if negotiate(&self.hello(slot, 1), &theirs).is_ok() {
+            let mine = self.hello(cx, slot, 1);
+            let decision = decide(&mine, &theirs);
+            let code = if negotiate(&mine, &theirs).is_ok() {
                 refusal_code(&decision)
             } else {
                 0
             };
             return self.answer(cx, reply, PeerAnswer::Refused(code));
         }
-        if let Err(reason) = negotiate(&self.hello(slot, 1), &theirs) {
+        if let Err(reason) = negotiate(&self.hello(cx, slot, 1), &theirs) {
             self.peers[slot].last_error = Some(reason.to_string());
             self.answer(cx, reply, PeerAnswer::Refused(reason.code()));
             return self.stand_alone(cx, slot, &reason.to_string());
@@ -317,10 +324,15 @@ impl<H: Host> Manager<H> {
         if !self.check_hello(cx, slot) {
             return;
         }
-        let (Some(decision), Some(theirs)) =
-            (self.peers[slot].decision, self.peers[slot].their_hello)
+        let peer = &self.peers[slot];
+        let (Some(decision), Some(mine), Some(theirs)) =
+            (peer.decision, peer.my_hello, peer.their_hello)
         else {
             return;
+        };
+        let agreed = match negotiate(&mine, &theirs) {
+            Ok(agreed) => agreed,
+            Err(reason) => return self.stand_alone(cx, slot, &reason.to_string()),
         };
         let conn = match decision.outcome {
             Outcome::InSync | Outcome::ConnectWithoutSync => ConnState::Connected,
@@ -367,7 +379,12 @@ impl<H: Host> Manager<H> {
         view.conn = state.conn();
         view.pdsk = state.pdsk();
         view.send_session = session;
-        view.io_during_bitmap = theirs.features & feature::IO_DURING_BITMAP != 0;
+        view.limits = PeerLimits::new(
+            &self.shared.geometry,
+            agreed.in_capsule_bytes,
+            agreed.credits.saturating_sub(MANAGER_COMMANDS),
+        );
+        view.io_during_bitmap = agreed.features & feature::IO_DURING_BITMAP != 0;
         if conn == ConnState::WFBitMapT {
             // Reads of these blocks go to the peer, and that before any channel is a target.
             self.mark_stale(slot);

@@ -9,7 +9,7 @@ use crate::engine::peer::command::PeerCommand;
 use crate::host::{Data, Host, IoStatus, PeerRefusal, PeerSlot};
 
 /// Commands of the manager in flight to one peer.
-const IN_FLIGHT: u32 = 8;
+pub(super) const IN_FLIGHT: u32 = 8;
 
 /// Before a question that was answered "not yet" is put again.
 const CALL_AGAIN_NS: u64 = 5_000_000;
@@ -83,7 +83,7 @@ impl<H: Host> Manager<H> {
                 Data::Buffer(buffer)
             };
             let token = self.token(ManagerIo::Call(slot, self.peers[slot].epoch, call));
-            match cx.peer(slot, token, &command, data, body.len()) {
+            match cx.peer(slot, token, &command, data, 0..body.len()) {
                 Ok(()) => self.peers[slot].outbox.in_flight += 1,
                 Err(refusal) => {
                     self.take_io(token);

@@ -17,7 +17,7 @@ use crate::engine::volume::MAX_TRANSFER_BYTES;
 use crate::host::{Data, DiskIo, DiskOp, Host, IoStatus, PeerSlot};
 
 /// Pieces under way at once.
-const PIECES: usize = 16;
+pub(super) const PIECES: usize = 16;
 /// Bits that are fetched as one unit: no more bytes than this, or one bit.
 const UNIT_BYTES: u64 = 1 << 20;
 /// Units after which the target flushes and reports.
@@ -367,8 +367,9 @@ impl<H: Host> Manager<H> {
             }
         }
         let mut rest = &ranges[..];
+        let most = self.view.peers[slot].limits.body_bytes as usize;
         while !rest.is_empty() {
-            let mut body = vec![0; RangesBody::bytes_for(rest.len().min(RangesBody::MAX_RANGES))];
+            let mut body = vec![0; RangesBody::bytes_for(rest.len()).min(most)];
             let (count, len) = RangesBody::emit(rest, &mut body);
             if count == 0 {
                 return;

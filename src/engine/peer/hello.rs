@@ -25,6 +25,9 @@ pub const GENERATION_JUST_CREATED: u64 = 4;
 /// Generations that a Hello's history holds.
 pub const HISTORY_LEN: usize = 16;
 
+/// The fewest credits that a node gives: resync and what nodes tell each other take up to 24 of them.
+pub const CREDITS_MIN: u16 = 32;
+
 /// Node ids are 0 to 7.
 const NODES: u8 = 8;
 
@@ -86,7 +89,8 @@ pub struct Hello {
     pub nonce: u64,
     /// Largest transfer in one command that the sender takes.
     pub max_transfer_bytes: u32,
-    /// Largest write that reaches the sender inside the command capsule.
+    /// Data that the sender takes with one command without waiting for memory that I/O of its hosts may hold; with most
+    /// transports what comes in the command capsule.
     pub in_capsule_bytes: u32,
     /// Commands that the receiver may have outstanding at the sender, per queue pair.
     pub credits: u16,
@@ -208,7 +212,7 @@ impl Hello {
                 size_blocks <= 1 << 48 && (size_blocks > 0 || !has_data),
             ),
             ("nonce", nonce, nonce != 0),
-            ("credits", u64::from(credits), credits > 0),
+            ("credits", u64::from(credits), credits >= CREDITS_MIN),
             (
                 "max_transfer_bytes",
                 u64::from(max_transfer_bytes),
@@ -279,7 +283,7 @@ pub struct Negotiated {
     pub granularity_log2: u8,
     /// Largest transfer in one command, either way.
     pub max_transfer_bytes: u32,
-    /// Largest write, either way, that needs no buffer of the receiver's pool.
+    /// Data that goes with one command, either way, and waits for no memory that the receiver's hosts may hold.
     pub in_capsule_bytes: u32,
     /// Commands outstanding, either way, per queue pair.
     pub credits: u16,

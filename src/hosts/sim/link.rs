@@ -75,6 +75,8 @@ pub struct Transit {
     pub data_len: u32,
     /// It has been delivered before, or got lost before.
     pub repeated: bool,
+    /// It was kept on the way, and goes on.
+    pub is_let_go: bool,
     pub io: PeerIo,
 }
 

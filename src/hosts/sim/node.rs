@@ -2,6 +2,7 @@
 //! what it asks for is queued there and done by the world after the engine has returned.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::disk::Disk;
@@ -29,7 +30,7 @@ pub enum Action {
         opcode: u8,
         words: CommandWords,
         data: Data<Core>,
-        data_len: usize,
+        part: Range<usize>,
     },
     Finish(u64, AppStatus),
     Answer(PeerIo, PeerAnswer),
@@ -48,6 +49,7 @@ pub struct Core {
     /// Chance in percent that a resource is not to be had.
     pub scarcity_percent: u64,
     pub links_up: [bool; MAX_PEERS],
+    pub in_capsule_bytes: u32,
     pub actions: Vec<Action>,
 }
 
@@ -90,13 +92,17 @@ impl Host for Core {
 
     fn disk_release(&mut self) {}
 
+    fn in_capsule_bytes(&self) -> u32 {
+        self.in_capsule_bytes
+    }
+
     fn peer(
         &mut self,
         slot: PeerSlot,
         token: Token,
         command: &PeerCommand,
         data: Data<Self>,
-        data_len: usize,
+        part: Range<usize>,
     ) -> Result<(), PeerRefusal<Self>> {
         if !self.links_up[slot] {
             return Err(PeerRefusal::Down(data));
@@ -110,7 +116,7 @@ impl Host for Core {
             opcode: command.opcode(),
             words: command.emit(),
             data,
-            data_len,
+            part,
         });
         Ok(())
     }

@@ -47,6 +47,8 @@ pub struct Config {
     /// Per node, the last one for all that follow.
     pub granularity_log2: Vec<u8>,
     pub al_extents: u32,
+    /// Per node, the last one for all that follow: data that it takes with a command.
+    pub in_capsule_bytes: Vec<u32>,
     pub volatile_caches: bool,
     /// Commands of each peer that a node remembers.
     pub command_window: usize,
@@ -65,6 +67,7 @@ impl Default for Config {
             block_size: 512,
             granularity_log2: vec![12],
             al_extents: 8,
+            in_capsule_bytes: vec![128 << 10],
             volatile_caches: false,
             command_window: DuplicateWindow::DEFAULT_CAPACITY,
             scarcity_percent: 0,
@@ -266,6 +269,7 @@ impl World {
             random: Random::new(self.random.number()),
             scarcity_percent: self.config.scarcity_percent,
             links_up: self.nodes[node].links_up(),
+            in_capsule_bytes: self.in_capsule_bytes(node),
             actions: Vec::new(),
         };
         call(&mut self.nodes[node], &mut core);
@@ -300,6 +304,11 @@ impl World {
     fn granularity_log2(&self, node: usize) -> u8 {
         let all = &self.config.granularity_log2;
         *all.get(node).or(all.last()).unwrap_or(&12)
+    }
+
+    pub(super) fn in_capsule_bytes(&self, node: usize) -> u32 {
+        let all = &self.config.in_capsule_bytes;
+        *all.get(node).or(all.last()).unwrap_or(&4096)
     }
 
     fn format_params(&self, node: usize, content: Content) -> FormatParams {
@@ -497,6 +506,7 @@ impl World {
             random: Random::new(0),
             scarcity_percent: 0,
             links_up: self.nodes[node].links_up(),
+            in_capsule_bytes: self.in_capsule_bytes(node),
             actions: Vec::new(),
         };
         let engine = self.nodes[node].engine.as_ref();

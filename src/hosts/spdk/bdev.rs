@@ -23,7 +23,7 @@ pub enum Port {
 }
 
 /// Pieces that one I/O may have: what one NVMe/TCP command can carry.
-const SEGMENTS_MAX: u32 = 16;
+pub const SEGMENTS_MAX: u32 = 16;
 /// SPDK lets I/O drain for so long before a reset reaches the module.
 const RESET_DRAIN_S: u16 = sys::SPDK_BDEV_RESET_IO_DRAIN_RECOMMENDED_VALUE as u16;
 

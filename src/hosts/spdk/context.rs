@@ -4,10 +4,11 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 use std::ptr;
 use std::rc::Rc;
 
-use super::sys;
+use super::{endpoint, sys};
 use crate::engine::MAX_PEERS;
 use crate::engine::channel::TOKEN_MANAGER;
 use crate::engine::message::{OrderId, OrderOutcome, ToChannel, ToManager};
@@ -46,7 +47,7 @@ pub struct Payload {
 /// What the engine has asked for.
 pub enum Action {
     Disk(Token, DiskIo, Data<Context>),
-    Peer(PeerSlot, Token, PeerCommand, Data<Context>, usize),
+    Peer(PeerSlot, Token, PeerCommand, Data<Context>, Range<usize>),
     Finish(BdevIo, AppStatus),
     Answer(BdevIo, PeerAnswer),
     ToManager(ToManager<Context>),
@@ -293,13 +294,17 @@ impl Host for Context {
         self.actions.push_back(Action::DiskRelease);
     }
 
+    fn in_capsule_bytes(&self) -> u32 {
+        endpoint::in_capsule_bytes()
+    }
+
     fn peer(
         &mut self,
         slot: PeerSlot,
         token: Token,
         command: &PeerCommand,
         data: Data<Self>,
-        data_len: usize,
+        part: Range<usize>,
     ) -> Result<(), PeerRefusal<Self>> {
         let limit = if token.0 & TOKEN_MANAGER == 0 {
             CHANNEL_COMMANDS
@@ -314,7 +319,7 @@ impl Host for Context {
         }
         queue.outstanding += 1;
         self.actions
-            .push_back(Action::Peer(slot, token, *command, data, data_len));
+            .push_back(Action::Peer(slot, token, *command, data, part));
         Ok(())
     }
 

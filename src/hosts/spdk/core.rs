@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use once_cell::sync::OnceCell;
 
+use super::part::Lists;
 use super::sys;
 use super::volume::{self, CoreVolume, InFlight};
 use crate::engine::message::{ToChannel, ToManager};
@@ -43,6 +44,7 @@ pub struct State {
     pub core: &'static Core,
     pub volumes: Vec<Option<Box<CoreVolume>>>,
     pub in_flight: Slab<InFlight>,
+    pub lists: Lists,
     /// On core 0.
     pub node: super::node::Node,
 }
@@ -179,6 +181,7 @@ impl Core {
             core: self,
             volumes: Vec::new(),
             in_flight: Slab::default(),
+            lists: Lists::default(),
             node: super::node::Node::default(),
         });
         let this: *const Core = self;

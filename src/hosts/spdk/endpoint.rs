@@ -9,6 +9,7 @@ use std::ptr;
 
 use super::core::{Job, State, manager_core};
 use super::{access, sys};
+use crate::engine::peer::hello::Hello;
 use crate::engine::volume::MAX_TRANSFER_BYTES;
 use crate::hosts::control::endpoint::{
     ENDPOINT_MODEL, ENDPOINT_NSID, endpoint_name, endpoint_nqn, endpoint_uuid,
@@ -21,6 +22,8 @@ use crate::rpc::volume::{Address, Listen};
 const TARGET: &CStr = c"nvmf_tgt";
 /// A port that a dead process held is free after some milliseconds.
 const BIND_PATIENCE_NS: u64 = 5_000_000_000;
+/// The transport's in_capsule_data_size where nobody says otherwise.
+const USUAL_IN_CAPSULE_BYTES: u32 = 4096;
 /// Between two looks whether there is a transport by now.
 const LOOK_NS: u64 = 50_000_000;
 
@@ -178,15 +181,33 @@ fn trid_of(address: Address) -> sys::spdk_nvme_transport_id {
     trid
 }
 
-/// A peer's write that does not come with its command waits for a buffer, which hosts of the same target may hold.
-fn warn_of_small_capsules(transport: *mut sys::spdk_nvmf_transport) {
+/// What a peer's command brings along beside the pool of buffers that hosts of the same target use up. On core 0.
+pub fn in_capsule_bytes() -> u32 {
+    let transport = transport(target());
+    if transport.is_null() {
+        // What the transport will be is not known, and no peer can connect before it is there.
+        return USUAL_IN_CAPSULE_BYTES;
+    }
     // SAFETY: a transport of the target.
-    let bytes = unsafe { (*sys::spdk_nvmf_get_transport_opts(transport)).in_capsule_data_size };
-    if u64::from(bytes) < MAX_TRANSFER_BYTES {
+    unsafe { (*sys::spdk_nvmf_get_transport_opts(transport)).in_capsule_data_size }
+}
+
+/// Peers send writes in pieces of what comes with a command; but a block is not cut.
+fn tell_of_small_capsules(block_size: u32) {
+    let bytes = in_capsule_bytes();
+    let needed = block_size.max(Hello::BYTES as u32);
+    if bytes < needed {
         tracing::warn!(
-            "the TCP transport takes {bytes} bytes with a command: if each of two nodes is Primary of a volume, writes \
-             that are longer can wait for each other's buffers; nvmf_create_transport with in_capsule_data_size \
-             {MAX_TRANSFER_BYTES} prevents it"
+            "the TCP transport takes {bytes} bytes with a command, less than a block: if each of two nodes is Primary of a \
+             volume, their writes can wait for each other's buffers for ever; nvmf_create_transport with \
+             in_capsule_data_size {} prevents it",
+            needed.max(USUAL_IN_CAPSULE_BYTES)
+        );
+    } else if u64::from(bytes) < MAX_TRANSFER_BYTES {
+        tracing::info!(
+            "the TCP transport takes {bytes} bytes with a command: longer writes of peers come in pieces; a larger \
+             in_capsule_data_size of nvmf_create_transport makes fewer of them, and takes max_queue_depth times as much \
+             memory for each queue pair"
         );
     }
 }
@@ -213,7 +234,7 @@ fn make(state: &mut State, volume: u32, wanted: Listen, then: Outcome) {
             Err(RpcError::invalid("the name has a zero byte".to_owned())),
         );
     };
-    warn_of_small_capsules(transport(target));
+    tell_of_small_capsules(control.geometry.block_size);
     // SAFETY: the text lives during the call.
     if !unsafe { sys::spdk_nvmf_tgt_find_subsystem(target, nqn_text.as_ptr()) }.is_null() {
         return then(state, Ok(SocketAddr::new(address.traddr, address.trsvcid)));

@@ -2,6 +2,7 @@
 //! waits in the volume's queue on this core until SPDK says that it has.
 
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 use std::ptr;
 
 use super::backing::{Disk, Flush};
@@ -63,9 +64,15 @@ pub fn submit_peer(
     token: Token,
     command: &PeerCommand,
     data: Data<Context>,
-    len: usize,
+    part: Range<usize>,
 ) {
-    let kind = InFlightKind::Peer(slot, command.opcode(), command.emit().0, len);
+    let kind = InFlightKind::Peer(
+        slot,
+        command.opcode(),
+        command.emit().0,
+        part.start,
+        part.len(),
+    );
     let key = state.in_flight.insert(InFlight {
         volume,
         token,
@@ -111,14 +118,16 @@ fn try_start(state: &mut State, volume: u32, key: Key) -> c_int {
             Some(disk) => flush(disk, argument(key)),
             None => -libc::ENODEV,
         },
-        InFlightKind::Peer(slot, opcode, words, len) => {
+        InFlightKind::Peer(slot, opcode, words, start, len) => {
             let Some(queue) = &this.context.queues[slot] else {
                 return -libc::ENOTCONN;
             };
-            let data = payload(&mut entry.data, len);
+            let all = payload(&mut entry.data, len);
+            // SAFETY: the data is in the slab, and its memory is valid, until the completion.
+            let data = unsafe { state.lists.part(key.index, all, start, len) };
             let mut command = sys::spdk_nvme_cmd::default();
             sys::set_command(&mut command, opcode, words);
-            // SAFETY: the queue's channel belongs to this thread; data lives in the slab until the completion.
+            // SAFETY: the queue's channel belongs to this thread; the lists live until the completion.
             unsafe {
                 match data.iov_count {
                     0 | 1 => {

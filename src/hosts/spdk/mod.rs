@@ -21,6 +21,7 @@ mod log;
 pub mod module;
 mod node;
 mod opening;
+mod part;
 mod role;
 mod rpc;
 pub mod sys;

@@ -56,7 +56,8 @@ pub enum InFlightKind {
     Disk(crate::host::DiskIo),
     /// The flush that makes the write before it durable.
     FlushAfter,
-    Peer(PeerSlot, u8, [u32; 8], usize),
+    /// Slot, opcode, command dwords, and which bytes of the data go along: first and number.
+    Peer(PeerSlot, u8, [u32; 8], usize, usize),
     /// The first look at a device, before there is a volume; by the number of the opening.
     Opening(u32, crate::host::DiskIo),
     /// Overwrites the superblock of a device that is no volume's any more.
@@ -148,8 +149,8 @@ fn carry_out(state: &mut State, volume: u32) {
         state.core.note_work();
         match action {
             Action::Disk(token, io, data) => io::submit_disk(state, volume, token, io, data),
-            Action::Peer(slot, token, command, data, len) => {
-                io::submit_peer(state, volume, slot, token, &command, data, len);
+            Action::Peer(slot, token, command, data, part) => {
+                io::submit_peer(state, volume, slot, token, &command, data, part);
             }
             Action::Finish(io, status) => bdev::finish(state.core, io, status),
             Action::Answer(io, answer) => bdev::answer(state.core, io, answer),

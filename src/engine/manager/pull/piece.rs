@@ -65,7 +65,7 @@ impl<H: Host> Manager<H> {
             sequence: *piece.read.get_or_insert_with(next),
         };
         let token = self.token(ManagerIo::Pull(PullIo::Fetched(index)));
-        match cx.peer(slot, token, &command, Data::Buffer(buffer), len) {
+        match cx.peer(slot, token, &command, Data::Buffer(buffer), 0..len) {
             Ok(()) => {}
             Err(refusal) => {
                 self.take_io(token);

@@ -232,7 +232,13 @@ fn a_hello_that_contradicts_itself_is_refused_by_field() {
             },
         ),
         ("nonce", Hello { nonce: 0, ..good }),
-        ("credits", Hello { credits: 0, ..good }),
+        (
+            "credits",
+            Hello {
+                credits: 31,
+                ..good
+            },
+        ),
         (
             "max_transfer_bytes",
             Hello {
@@ -353,7 +359,7 @@ fn nodes_that_do_not_fit_each_other_are_told_why_with_both_values() {
 #[test]
 fn limits_are_the_smaller_and_bitmaps_the_coarser_of_both() {
     let mine = Hello {
-        credits: 8,
+        credits: 40,
         in_capsule_bytes: 8192,
         ..hello_of(0, 1, 16)
     };
@@ -371,7 +377,7 @@ fn limits_are_the_smaller_and_bitmaps_the_coarser_of_both() {
             granularity_log2: 16,
             max_transfer_bytes: 65536,
             in_capsule_bytes: 4096,
-            credits: 8,
+            credits: 32,
         })
     );
 }

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 
 use crate::engine::MAX_PEERS;
@@ -46,7 +47,7 @@ pub struct PeerTicket {
 /// What the engine has asked for.
 pub(super) enum Action {
     Disk(Token, DiskIo, Data<Context>),
-    Peer(PeerSlot, Token, PeerCommand, Data<Context>, usize),
+    Peer(PeerSlot, Token, PeerCommand, Data<Context>, Range<usize>),
     Finish(AppHandle, AppStatus),
     Answer(PeerTicket, PeerAnswer),
     ToManager(ToManager<Context>),
@@ -127,6 +128,8 @@ pub struct Context {
     pub(super) now_ns: u64,
     pub(super) actions: VecDeque<Action>,
     pub(super) queues: [Option<Queue>; MAX_PEERS],
+    /// What this node's target takes from a peer; on core 0.
+    pub(super) in_capsule_bytes: u32,
     random: u64,
     pool: Rc<RefCell<Pool>>,
 }
@@ -142,6 +145,7 @@ impl Context {
             now_ns: 0,
             actions: VecDeque::with_capacity(4096),
             queues: [None; MAX_PEERS],
+            in_capsule_bytes: 0,
             random: u64::from_le_bytes(seed),
             pool: Rc::default(),
         }
@@ -221,13 +225,17 @@ impl Host for Context {
 
     fn disk_release(&mut self) {}
 
+    fn in_capsule_bytes(&self) -> u32 {
+        self.in_capsule_bytes
+    }
+
     fn peer(
         &mut self,
         slot: PeerSlot,
         token: Token,
         command: &PeerCommand,
         data: Data<Self>,
-        data_len: usize,
+        part: Range<usize>,
     ) -> Result<(), PeerRefusal<Self>> {
         let limit = if token.0 & TOKEN_MANAGER == 0 {
             CHANNEL_COMMANDS
@@ -242,7 +250,7 @@ impl Host for Context {
         }
         queue.outstanding += 1;
         self.actions
-            .push_back(Action::Peer(slot, token, *command, data, data_len));
+            .push_back(Action::Peer(slot, token, *command, data, part));
         Ok(())
     }
 

@@ -71,9 +71,12 @@ fn link_id(slot: PeerSlot, generation: u32) -> u64 {
 /// The manager wants queue pairs to a peer; on core 0.
 pub(super) fn open(core: &mut Core, volume: u32, slot: PeerSlot, address: &PeerAddress) {
     let io_queues = core.cores as u16;
+    // Peers have buffers of their own beside those of hosts: the longest transfer is not kept waiting by any host.
+    let in_capsule_bytes = core.target.state().options().max_io_size;
     let Some(this) = core.volumes.get_mut(volume) else {
         return;
     };
+    this.context.in_capsule_bytes = in_capsule_bytes;
     let peer = this
         .manager
         .as_ref()

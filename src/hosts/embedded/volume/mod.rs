@@ -11,6 +11,7 @@ mod opening;
 mod split;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -138,8 +139,8 @@ fn carry_out(core: &mut Core, volume: u32) {
         };
         match action {
             Action::Disk(token, io, data) => submit_disk(core, volume, token, io, data),
-            Action::Peer(slot, token, command, data, len) => {
-                submit_peer(core, volume, slot, token, &command, data, len);
+            Action::Peer(slot, token, command, data, part) => {
+                submit_peer(core, volume, slot, token, &command, data, part);
             }
             Action::Finish(io, status) => finish(core, volume, io, status),
             Action::Answer(io, answer) => answer_peer(core, io, answer),
@@ -190,6 +191,13 @@ fn pointer(data: &Data<Context>, len: usize) -> DataPointer {
         Data::Payload(payload) => *payload,
         Data::Buffer(buffer) => buffer.data(len),
     }
+}
+
+/// A part of the data that the engine has checked to be there.
+fn part_of(data: &Data<Context>, part: Range<usize>) -> DataPointer {
+    pointer(data, part.end)
+        .part(part.start as u32, part.len() as u32)
+        .unwrap_or(DataPointer::NONE)
 }
 
 fn token_of(key: Key) -> u64 {
@@ -261,12 +269,12 @@ fn submit_peer(
     token: Token,
     command: &PeerCommand,
     data: Data<Context>,
-    len: usize,
+    part: Range<usize>,
 ) {
     let Some(this) = core.volumes.get_mut(volume) else {
         return;
     };
-    let bytes = pointer(&data, len);
+    let bytes = part_of(&data, part);
     let queue = this.context.queue_in_use(slot).map(|queue| queue.key);
     let key = this.in_flight.insert(InFlight {
         token,

@@ -5,6 +5,7 @@ mod cluster;
 mod disk;
 mod link;
 mod orders;
+mod pieces;
 mod repeat;
 mod soak;
 mod torn;

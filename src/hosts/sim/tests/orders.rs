@@ -1,9 +1,10 @@
 //! The operator's orders in every state: each ends, and what it leaves is sound.
 
 use super::link::behind;
-use super::soak::for_seeds;
+use super::soak::{any_in_capsule_bytes, for_seeds};
 use crate::engine::manager::Order;
 use crate::engine::peer::state::{ConnState, DiskState};
+use crate::hosts::sim::random::Random;
 use crate::hosts::sim::world::{Config, MS, SECOND, World};
 
 #[test]
@@ -190,6 +191,7 @@ fn random_orders(seed: u64) {
         al_extents: 8,
         scarcity_percent: seed % 3 * 2,
         repeat_percent: seed / 2 % 3 * 5,
+        in_capsule_bytes: vec![any_in_capsule_bytes(&mut Random::new(seed))],
         ..Config::default()
     };
     let mut world = World::clean_cluster(seed, config);

@@ -31,6 +31,12 @@ pub fn for_seeds(count: u64, run: impl Fn(u64)) {
     }
 }
 
+/// What a node takes with a command: often less than a write, sometimes less than a granule or a block.
+pub fn any_in_capsule_bytes(shape: &mut Random) -> u32 {
+    let sizes = [0, 512, 1500, 4096, 4096, 8192, 20_000, 128 << 10];
+    sizes[shape.below(sizes.len() as u64) as usize]
+}
+
 /// A world of this seed's own shape.
 pub fn shaped(seed: u64, volatile_caches: bool) -> World {
     let mut shape = Random::new(seed ^ 0x5eed);
@@ -41,6 +47,7 @@ pub fn shaped(seed: u64, volatile_caches: bool) -> World {
         volatile_caches,
         volume_bytes: 64 << 20,
         al_extents: [8, 10, 12][shape.below(3) as usize],
+        in_capsule_bytes: (0..2).map(|_| any_in_capsule_bytes(&mut shape)).collect(),
         granularity_log2: (0..2)
             .map(|_| granularities[shape.below(4) as usize])
             .collect(),

@@ -163,6 +163,7 @@ impl Recovered {
 /// Opens a device, one I/O after the other.
 fn open(disk: &mut Disk, goal: Goal) -> Result<Opened, OpenError> {
     let mut core = Core {
+        in_capsule_bytes: 4096,
         now_ns: 0,
         random: Random::new(0),
         scarcity_percent: 0,

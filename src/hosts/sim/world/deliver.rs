@@ -108,14 +108,16 @@ impl World {
                 opcode,
                 words,
                 data,
-                data_len,
+                part,
             } => {
+                let data_len = part.len();
                 let target = self.nodes[node].links[slot].target;
+                self.check_limits(node, slot, core, opcode, data_len);
                 let command = self.id();
                 let sent = match (&data, data_direction(opcode)) {
                     (_, DataDirection::ControllerToHost) | (Data::None, _) => Vec::new(),
-                    (Data::Payload(memory), _) => memory.bytes()[..data_len].to_vec(),
-                    (Data::Buffer(buffer), _) => buffer.0[..data_len].to_vec(),
+                    (Data::Payload(memory), _) => memory.bytes()[part].to_vec(),
+                    (Data::Buffer(buffer), _) => buffer.0[part].to_vec(),
                 };
                 self.record_sent(node, core, token, opcode, &words, data_len as u32);
                 let incarnation = self.nodes[node].incarnation;
@@ -132,6 +134,7 @@ impl World {
                     data: sent,
                     data_len: data_len as u32,
                     repeated: false,
+                    is_let_go: false,
                     io: PeerIo {
                         command,
                         arrival: command,
@@ -169,6 +172,26 @@ impl World {
                 let earlier = self.nodes[node].outcomes.insert(id, outcome);
                 assert!(earlier.is_none(), "order {id} ended twice");
             }
+        }
+    }
+
+    /// Nobody sends more than was agreed: with a command, or at a time on a queue pair.
+    fn check_limits(&self, node: usize, slot: usize, core: usize, op: u8, data_len: usize) {
+        let link = &self.nodes[node].links[slot];
+        let outstanding = link.outstanding.values();
+        let outstanding = outstanding.filter(|other| other.core == core).count();
+        assert!(outstanding < 96, "node {node}: no credit is left");
+        let taken = [node, link.target].map(|node| self.in_capsule_bytes(node));
+        let taken = taken[0].min(taken[1]);
+        if data_direction(op) == DataDirection::HostToController {
+            let is_write = op == opcode::WRITE;
+            let most = if is_write { taken } else { taken.max(512) };
+            // What takes no block cannot be helped.
+            let splits = !is_write || taken >= self.config.block_size;
+            assert!(
+                !splits || data_len <= most as usize,
+                "node {node} sends {data_len} bytes with {op:#x}, {most} are taken"
+            );
         }
     }
 
@@ -317,7 +340,7 @@ impl World {
     fn arrived(&mut self, node: usize, mut transit: Transit) {
         let incarnation = transit.to_incarnation;
         self.keep(&mut transit);
-        if self.catching == Some(transit.opcode) {
+        if self.catching == Some(transit.opcode) && !transit.is_let_go {
             self.caught.push(Event {
                 node,
                 incarnation,

@@ -1,6 +1,7 @@
 //! What goes wrong: cut and reset links, killed nodes, lost power.
 
 use super::{Event, What, World};
+use crate::engine::channel::TOKEN_MANAGER;
 use crate::host::Data;
 use crate::hosts::sim::link::{Link, LinkState};
 use crate::hosts::sim::memory::Payload;
@@ -160,9 +161,33 @@ impl World {
     /// What was kept goes on; nothing more is kept.
     pub fn let_go(&mut self) {
         self.catching = None;
-        for event in std::mem::take(&mut self.caught) {
+        self.let_go_but(0);
+    }
+
+    /// What was kept goes on, but for the last `kept` of it; what comes is kept.
+    pub fn let_go_but(&mut self, kept: usize) {
+        let going = self.caught.len().saturating_sub(kept);
+        for mut event in self.caught.drain(..going).collect::<Vec<_>>() {
+            if let What::Arrived(transit) = &mut event.what {
+                transit.is_let_go = true;
+            }
             let delay_ns = self.random.below(10_000);
             self.schedule(self.now_ns + delay_ns, event);
         }
+    }
+
+    /// Commands of a node's first channel that a peer has not answered.
+    pub fn outstanding(&self, node: usize, peer: usize) -> usize {
+        let links = self.nodes[node].links.iter();
+        links
+            .filter(|link| link.target == peer)
+            .map(|link| {
+                link.outstanding
+                    .values()
+                    .filter(|one| one.core == 0 && one.token.0 & TOKEN_MANAGER == 0)
+                    .count()
+            })
+            .max()
+            .unwrap_or(0)
     }
 }
