@@ -9,6 +9,7 @@ mod flush;
 #[path = "../e2e/hosts.rs"]
 mod hosts;
 mod inside;
+mod readme;
 mod register;
 mod remote;
 #[path = "../e2e/stage.rs"]
