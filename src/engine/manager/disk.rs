@@ -81,6 +81,10 @@ impl<H: Host> Manager<H> {
     pub(super) fn disk_step(&mut self, cx: &mut H, step: DiskStep) {
         match step {
             DiskStep::AttachDurable => self.attach_durable(cx),
+            DiskStep::AttachHeld => {
+                self.drain(cx, Drain::Application, Then::Disk(DiskStep::AttachQuiet))
+            }
+            DiskStep::AttachQuiet => self.attach_quiet(cx),
             DiskStep::Attached => {
                 self.hello_changed(cx);
                 self.attach_ended(cx, Ok(()));
@@ -101,8 +105,21 @@ impl<H: Host> Manager<H> {
     }
 
     fn attach_durable(&mut self, cx: &mut H) {
+        if self.view.role == Role::Primary {
+            // What has begun has nothing but the sessions that are about to end.
+            self.view.suspended = true;
+            self.adopt(cx, Then::Disk(DiskStep::AttachHeld));
+        } else {
+            self.attach_quiet(cx);
+        }
+    }
+
+    fn attach_quiet(&mut self, cx: &mut H) {
+        // Until the disk is in use, or has failed.
+        self.view.suspended = false;
         if !self.metadata.enabled || self.view.disk != DiskState::Attaching {
             let text = "the disk failed or was let go while it was attached";
+            self.adopt(cx, Then::Nothing);
             return self.attach_ended(cx, Err(OrderError::new(OrderErrorKind::Io, text)));
         }
         for &channel in &self.channels {
@@ -115,9 +132,11 @@ impl<H: Host> Manager<H> {
             cx.to_channel(channel, ToChannel::Disk(Box::new(start)));
         }
         self.view.disk = self.persisted_disk();
-        if self.view.role == Role::Primary && self.view.disk == DiskState::UpToDate {
+        if self.view.role == Role::Primary {
             // What the application has written meanwhile is elsewhere; it waits until this disk has been compared.
-            self.view.disk = DiskState::Consistent;
+            if self.view.disk == DiskState::UpToDate {
+                self.view.disk = DiskState::Consistent;
+            }
             self.view.suspended = true;
             self.reattach_until_ns = Some(cx.now_ns() + REATTACH_NS);
         }

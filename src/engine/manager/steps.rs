@@ -70,6 +70,10 @@ pub(super) enum FenceStep {
 pub(super) enum DiskStep {
     /// The metadata says that the disk is in use.
     AttachDurable,
+    /// A Primary's channels hold new I/O.
+    AttachHeld,
+    /// What a Primary had begun without the disk has ended.
+    AttachQuiet,
     Attached,
     /// The failed disk is out of every view.
     FailedAdopted,

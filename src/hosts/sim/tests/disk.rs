@@ -2,7 +2,8 @@
 
 use crate::engine::manager::Order;
 use crate::engine::meta::format::Content;
-use crate::engine::peer::state::DiskState;
+use crate::engine::peer::state::{ConnState, DiskState};
+use crate::host::AppStatus;
 use crate::hosts::sim::world::{Config, MS, World};
 
 #[test]
@@ -33,6 +34,37 @@ fn a_primary_that_detached_its_disk_and_wrote_nothing_is_up_to_date_again() {
         world.attach(0);
         world.settle();
         world.read(0, 0, 8);
+    }
+}
+
+#[test]
+fn no_write_fails_while_a_primary_that_is_written_to_gets_its_disk_back() {
+    for seed in 0..20 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.promote(0);
+        world.write(0, 0, 8);
+        world.carry_out(0, Order::Detach);
+        world.submit_random_write(0);
+        world.attach(0);
+        let connected = |world: &World| world.peer(0, 1).conn == ConnState::Connected;
+        // Up to the loss of the session, and a while into the next.
+        while connected(&world) {
+            world.submit_random_write(0);
+            world.run_for(20_000);
+        }
+        for _ in 0..20 {
+            world.submit_random_write(0);
+            world.run_for(20_000);
+        }
+        world.settle();
+        world.wait_for_io();
+        assert!(
+            world
+                .apps
+                .values()
+                .all(|app| app.status == Some(AppStatus::Ok)),
+            "seed {seed}"
+        );
     }
 }
 
