@@ -9,6 +9,7 @@ mod flush;
 #[path = "../e2e/hosts.rs"]
 mod hosts;
 mod inside;
+mod life;
 mod readme;
 mod register;
 mod remote;
@@ -18,6 +19,7 @@ mod remote;
     reason = "the scenarios of the end-to-end tests use what is left over here"
 )]
 mod stage;
+mod targets;
 mod tools;
 mod trace;
 mod wire;

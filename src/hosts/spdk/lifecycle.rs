@@ -221,10 +221,7 @@ pub fn complete_found(state: &mut State, volume: u32, create: CreateVolume, repl
     let is_primary = state.is_primary(volume);
     if let Some(control) = state.node.control(volume) {
         control.is_found = false;
-        control.create = CreateVolume {
-            uuid: Some(control.uuid),
-            ..create
-        };
+        control.create = create;
         if control.create.register == Register::OnPromote && !is_primary {
             return unregister_volume(state, volume, move |state| export(state, volume, reply));
         }
