@@ -10,6 +10,7 @@ mod flush;
 mod hosts;
 mod inside;
 mod life;
+mod links;
 mod readme;
 mod register;
 mod remote;

@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -51,6 +51,8 @@ struct Shared {
     seen: Mutex<Vec<Command>>,
     connections: Mutex<Vec<TcpStream>>,
     is_mute: AtomicBool,
+    /// Pieces of answers that were thrown away.
+    kept: AtomicUsize,
     has_ended: AtomicBool,
 }
 
@@ -98,6 +100,11 @@ impl Wire {
         self.shared.is_mute.store(keep, Ordering::SeqCst);
     }
 
+    /// How often an answer, or a part of one, was thrown away.
+    pub fn kept_answers(&self) -> usize {
+        self.shared.kept.load(Ordering::SeqCst)
+    }
+
     /// Closes all connections; new ones are let through.
     pub fn cut(&self) {
         for connection in lock(&self.shared.connections).drain(..) {
@@ -125,8 +132,9 @@ impl Shared {
         thread::spawn(move || {
             let mut piece = vec![0; 256 << 10];
             while let Ok(bytes @ 1..) = from.read(&mut piece) {
-                if !shared.is_mute.load(Ordering::SeqCst) && to.write_all(&piece[..bytes]).is_err()
-                {
+                if shared.is_mute.load(Ordering::SeqCst) {
+                    shared.kept.fetch_add(1, Ordering::SeqCst);
+                } else if to.write_all(&piece[..bytes]).is_err() {
                     break;
                 }
             }

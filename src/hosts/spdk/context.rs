@@ -67,6 +67,8 @@ pub struct Queue {
     pub outstanding: u16,
     /// Nothing more is submitted; the channel goes when what is outstanding has ended.
     pub closing: bool,
+    /// What was sent on a path that is lost is sent again.
+    pub is_patient: bool,
 }
 
 /// Memory that devices can reach.

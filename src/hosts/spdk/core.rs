@@ -28,6 +28,8 @@ pub enum Event {
     Submitted(*mut sys::spdk_bdev_io),
     /// Something that the engine asked for has ended: its key, and how.
     Done(u64, Result<u32, ()>),
+    /// As a failure, but nobody knows whether it was carried out: the connection that it was sent on is gone.
+    PathLost(u64),
     /// A backing bdev or a peer has resources again.
     RoomAgain(u32),
     /// From another core or from an RPC.

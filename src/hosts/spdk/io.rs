@@ -8,7 +8,7 @@ use std::ptr;
 use super::backing::{Disk, Flush};
 use super::context::{BdevIo, Context};
 use super::core::{Core, Event, State};
-use super::volume::{InFlight, InFlightKind, payload, token_of};
+use super::volume::{InFlight, InFlightKind, PeerSend, payload, token_of};
 use super::{bdev, sys};
 use crate::engine::peer::command::PeerCommand;
 use crate::host::{AppStatus, Data, DiskIo, DiskOp, PeerSlot, Token};
@@ -24,6 +24,13 @@ const NVME_TRANSFER_BYTES_LEAST: u64 = 4096;
 /// Force Unit Access in command dword 12 of a write.
 pub const CDW12_FUA: u32 = 1 << 30;
 
+/// As above, status code types, and the status of a command whose queue is gone.
+const NVME_STATUS_GENERIC: i32 = 0;
+const NVME_STATUS_PATH: i32 = 3;
+const NVME_ABORTED_SQ_DELETION: i32 = 8;
+/// How often a command is sent to a peer before the session is given up.
+const SENDS_MAX: u8 = 3;
+
 extern "C" fn completed(io: *mut sys::spdk_bdev_io, success: bool, key: *mut c_void) {
     let (mut dword0, mut code_type, mut code) = (0_u32, 0, 0);
     // SAFETY: the I/O is complete and freed once, here.
@@ -32,13 +39,17 @@ extern "C" fn completed(io: *mut sys::spdk_bdev_io, success: bool, key: *mut c_v
         sys::spdk_bdev_free_io(io);
     }
     let is_answer = received::answer(code_type as u8, code as u8, dword0).is_some();
-    let outcome = if success || is_answer {
-        Ok(dword0)
+    let is_path_lost = code_type == NVME_STATUS_PATH
+        || (code_type == NVME_STATUS_GENERIC && code == NVME_ABORTED_SQ_DELETION);
+    let event = if success || is_answer {
+        Event::Done(key as u64, Ok(dword0))
+    } else if is_path_lost {
+        Event::PathLost(key as u64)
     } else {
-        Err(())
+        Event::Done(key as u64, Err(()))
     };
     if let Some(core) = Core::current() {
-        core.enter(Event::Done(key as u64, outcome));
+        core.enter(event);
     }
 }
 
@@ -66,13 +77,14 @@ pub fn submit_peer(
     data: Data<Context>,
     part: Range<usize>,
 ) {
-    let kind = InFlightKind::Peer(
+    let kind = InFlightKind::Peer(PeerSend {
         slot,
-        command.opcode(),
-        command.emit().0,
-        part.start,
-        part.len(),
-    );
+        opcode: command.opcode(),
+        words: command.emit().0,
+        start: part.start,
+        len: part.len(),
+        sends: 1,
+    });
     let key = state.in_flight.insert(InFlight {
         volume,
         token,
@@ -118,7 +130,14 @@ fn try_start(state: &mut State, volume: u32, key: Key) -> c_int {
             Some(disk) => flush(disk, argument(key)),
             None => -libc::ENODEV,
         },
-        InFlightKind::Peer(slot, opcode, words, start, len) => {
+        InFlightKind::Peer(PeerSend {
+            slot,
+            opcode,
+            words,
+            start,
+            len,
+            ..
+        }) => {
             let Some(queue) = &this.context.queues[slot] else {
                 return -libc::ENOTCONN;
             };
@@ -274,6 +293,28 @@ fn flush(disk: &Disk, argument: *mut c_void) -> c_int {
     }
 }
 
+/// Sends a command to a peer again whose path is gone, where others may be left or the operator has patience. bdev_nvme
+/// does so by itself for those only whose command dwords 12 and 13 are zero: it takes them for something else. The peer
+/// carries it out once, however often it arrives. False where nothing is to be done.
+pub fn send_again(state: &mut State, token: u64) -> bool {
+    let key = super::volume::key_of(token);
+    let Some(entry) = state.in_flight.get_mut(key) else {
+        return false;
+    };
+    let volume = entry.volume;
+    let InFlightKind::Peer(sent) = &mut entry.kind else {
+        return false;
+    };
+    let this = state.volumes.get(volume as usize).and_then(Option::as_ref);
+    let queue = this.and_then(|this| this.context.queues[sent.slot].as_ref());
+    if sent.sends >= SENDS_MAX || !queue.is_some_and(|queue| queue.is_patient && !queue.closing) {
+        return false;
+    }
+    sent.sends += 1;
+    start(state, volume, key);
+    true
+}
+
 /// Flushes for a write that has to be durable and is not yet; false where nothing is to be done.
 pub fn flush_after(state: &mut State, key: Key) -> bool {
     let Some(entry) = state.in_flight.get(key) else {
@@ -320,7 +361,7 @@ fn wait_for_room(state: &mut State, volume: u32, key: Key) {
         return;
     };
     let (desc, channel) = match (entry.kind, &this.disk) {
-        (InFlightKind::Peer(slot, ..), _) => match &this.context.queues[slot] {
+        (InFlightKind::Peer(sent), _) => match &this.context.queues[sent.slot] {
             Some(queue) => (queue.desc, queue.channel),
             None => (ptr::null_mut(), ptr::null_mut()),
         },

@@ -265,6 +265,7 @@ fn attach(state: &mut State, volume: u32, slot: PeerSlot, name: &str) {
     link.desc = Some(desc);
     link.state = LinkState::Opening;
     let generation = link.generation;
+    let is_patient = link.transport.patience().ctrlr_loss_timeout_sec != 0;
     on_all(
         move |state| {
             let Some(this) = state.volume(volume) else {
@@ -277,6 +278,7 @@ fn attach(state: &mut State, volume: u32, slot: PeerSlot, name: &str) {
                 channel,
                 outstanding: 0,
                 closing: false,
+                is_patient,
             });
             if channel.is_null()
                 && let Some(core) = manager_core()

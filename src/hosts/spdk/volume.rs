@@ -56,8 +56,7 @@ pub enum InFlightKind {
     Disk(crate::host::DiskIo),
     /// The flush that makes the write before it durable.
     FlushAfter,
-    /// Slot, opcode, command dwords, and which bytes of the data go along: first and number.
-    Peer(PeerSlot, u8, [u32; 8], usize, usize),
+    Peer(PeerSend),
     /// The first look at a device, before there is a volume; by the number of the opening.
     Opening(u32, crate::host::DiskIo),
     /// Overwrites the superblock of a device that is no volume's any more.
@@ -66,11 +65,25 @@ pub enum InFlightKind {
     Reset(BdevIo),
 }
 
+/// A command to a peer.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerSend {
+    pub slot: PeerSlot,
+    pub opcode: u8,
+    /// Command dwords.
+    pub words: [u32; 8],
+    /// Which bytes of the data go along.
+    pub start: usize,
+    pub len: usize,
+    /// How often it has been sent.
+    pub sends: u8,
+}
+
 pub fn token_of(key: Key) -> u64 {
     u64::from(key.generation) << 32 | u64::from(key.index)
 }
 
-fn key_of(token: u64) -> Key {
+pub fn key_of(token: u64) -> Key {
     Key {
         index: token as u32,
         generation: (token >> 32) as u32,
@@ -99,6 +112,11 @@ pub fn handle(state: &mut State, event: Event) {
     match event {
         Event::Submitted(io) => submitted(state, BdevIo(io)),
         Event::Done(token, outcome) => done(state, token, outcome),
+        Event::PathLost(token) => {
+            if !io::send_again(state, token) {
+                done(state, token, Err(()));
+            }
+        }
         Event::RoomAgain(volume) => io::room_again(state, volume),
         Event::Job(job) => {
             state.core.note_work();
@@ -290,8 +308,8 @@ fn done(state: &mut State, token: u64, outcome: Result<u32, ()>) {
             let status = outcome.map_or(AppStatus::Failed, |_| AppStatus::Ok);
             return bdev::finish(state.core, io, status);
         }
-        (InFlightKind::Peer(slot, ..), outcome) => {
-            link::ended(state, volume, slot);
+        (InFlightKind::Peer(sent), outcome) => {
+            link::ended(state, volume, sent.slot);
             match outcome {
                 Ok(dword0) => (IoStatus::Ok, PeerAnswer::from_dword0(dword0)),
                 // Engines answer in dword 0: anything else is the transport's, and ends the session.
