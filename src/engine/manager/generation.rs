@@ -140,7 +140,11 @@ impl<H: Host> Manager<H> {
             return;
         }
         bump.running = false;
-        let again = std::mem::take(&mut bump.again);
+        let mut again = std::mem::take(&mut bump.again);
+        if !matches!(self.view.disk, DiskState::Diskless | DiskState::Failed) {
+            // The disk is back: a generation without it would be its own.
+            again &= !LOCAL_MASK;
+        }
         if bump.without_own_disk && self.view.disk <= DiskState::Failed {
             self.view.own_disk_may_miss = true;
         }

@@ -2,6 +2,7 @@
 
 use crate::engine::manager::Order;
 use crate::engine::meta::format::Content;
+use crate::engine::open::Goal;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::host::AppStatus;
 use crate::hosts::sim::world::{Config, MS, World};
@@ -44,11 +45,9 @@ fn no_write_fails_while_a_primary_that_is_written_to_gets_its_disk_back() {
         world.promote(0);
         world.write(0, 0, 8);
         world.carry_out(0, Order::Detach);
-        world.submit_random_write(0);
-        world.attach(0);
-        let connected = |world: &World| world.peer(0, 1).conn == ConnState::Connected;
+        world.open(0, Goal::Any);
         // Up to the loss of the session, and a while into the next.
-        while connected(&world) {
+        while world.peer(0, 1).conn == ConnState::Connected {
             world.submit_random_write(0);
             world.run_for(20_000);
         }
