@@ -251,18 +251,21 @@ unsafe extern "C" fn dump_info_json(own: *mut c_void, w: *mut sys::spdk_json_wri
     0
 }
 
-/// A volume is written where its endpoint stands among the bdevs: behind its backing bdev, which must be made before it.
-/// What a module writes as a whole stands before every bdev.
+/// SPDK asks bdev after bdev, in the order in which they came: a volume after what it is made on. Its first bdev writes
+/// it whole, ahead of what SPDK itself has to say of that bdev, such as its limits.
 unsafe extern "C" fn write_config_json(
     bdev: *mut sys::spdk_bdev,
     w: *mut sys::spdk_json_write_ctx,
 ) {
-    // SAFETY: SPDK hands back what was registered, and a writer inside an array.
-    unsafe {
-        let own = (*bdev).ctxt.cast::<OwnBdev>();
-        if (*own).port == Port::Peers {
-            rpc::write_config((*own).volume, w);
-        }
+    // SAFETY: SPDK hands back what was registered.
+    let own = unsafe { (*bdev).ctxt.cast::<OwnBdev>() };
+    // SAFETY: as above.
+    let volume = unsafe { (*own).volume };
+    let is_first = manager_core()
+        .and_then(|core| core.look(|state| state.node.is_first_bdev(volume, Registered(own))));
+    if is_first == Some(true) {
+        // SAFETY: SPDK's writer, inside an array.
+        unsafe { rpc::write_config(volume, w) };
     }
 }
 

@@ -373,40 +373,42 @@ fn listen(
 
 /// Takes a volume's endpoint out of the target, if it is there; then `then`.
 pub fn unexport(state: &mut State, volume: u32, then: impl FnOnce(&mut State) + 'static) {
-    let nqn = state
-        .node
-        .control(volume)
-        .map(|control| endpoint_nqn(&control.uuid, control.create.node_id));
-    let exports = &mut state.node.exporter.exports;
-    let position = exports
-        .iter()
-        .position(|(export, _)| nqn.as_ref() == Some(export));
-    state
-        .node
-        .exporter
-        .waiting
-        .retain(|(waiting, _)| *waiting != volume);
+    let exporter = &mut state.node.exporter;
+    exporter.waiting.retain(|(waiting, _)| *waiting != volume);
     let target = target();
-    let Some(position) = position.filter(|_| !target.is_null()) else {
+    let Some(control) = state.node.control(volume).filter(|_| !target.is_null()) else {
         return then(state);
     };
-    let (nqn, trid) = state.node.exporter.exports.swap_remove(position);
-    let text = CString::new(nqn).unwrap_or_default();
+    let nqn = endpoint_nqn(&control.uuid, control.create.node_id);
+    let text = CString::new(nqn.clone()).unwrap_or_default();
     // SAFETY: the text lives during the call.
     let subsystem = unsafe { sys::spdk_nvmf_tgt_find_subsystem(target, text.as_ptr()) };
+    let exports = &mut state.node.exporter.exports;
+    let position = exports.iter().position(|(export, _)| *export == nqn);
+    let own = position.map(|position| exports.swap_remove(position).1);
     if subsystem.is_null() {
         return then(state);
     }
-    stop(state, target, subsystem, trid, Box::new(then));
+    // SAFETY: on the application's thread, where listeners come and go.
+    let configured = unsafe {
+        let listener = sys::spdk_nvmf_subsystem_get_first_listener(subsystem);
+        (!listener.is_null()).then(|| *sys::spdk_nvmf_subsystem_listener_get_trid(listener))
+    };
+    // One that a configuration has made goes too: without its namespace it is of no use to anybody.
+    stop(state, target, subsystem, own.or(configured), Box::new(then));
 }
 
-type Stopping = (*mut sys::spdk_nvmf_tgt, sys::spdk_nvme_transport_id, Job);
+type Stopping = (
+    *mut sys::spdk_nvmf_tgt,
+    Option<sys::spdk_nvme_transport_id>,
+    Job,
+);
 
 fn stop(
     state: &mut State,
     target: *mut sys::spdk_nvmf_tgt,
     subsystem: *mut sys::spdk_nvmf_subsystem,
-    trid: sys::spdk_nvme_transport_id,
+    trid: Option<sys::spdk_nvme_transport_id>,
     then: Job,
 ) {
     unsafe extern "C" fn destroyed(then: *mut c_void) {
@@ -424,8 +426,10 @@ fn stop(
             let argument = boxed(then);
             // SAFETY: stopped: nobody uses it any more, and the callback takes the argument back.
             let result = unsafe {
-                sys::spdk_nvmf_subsystem_remove_listener(subsystem, &raw const trid);
-                sys::spdk_nvmf_tgt_stop_listen(target, &raw const trid);
+                if let Some(trid) = &trid {
+                    sys::spdk_nvmf_subsystem_remove_listener(subsystem, trid);
+                    sys::spdk_nvmf_tgt_stop_listen(target, trid);
+                }
                 sys::spdk_nvmf_subsystem_destroy(subsystem, Some(destroyed), argument)
             };
             if result != -libc::EINPROGRESS {

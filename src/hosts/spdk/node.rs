@@ -107,6 +107,13 @@ impl Node {
         }
     }
 
+    /// Whether of the volume's bdevs this one came first.
+    pub fn is_first_bdev(&mut self, volume: u32, bdev: Registered) -> bool {
+        self.control(volume)
+            .and_then(|control| control.bdev.or(control.endpoint))
+            == Some(bdev)
+    }
+
     /// Counts orders, and what has no number of its own.
     pub fn next_order(&mut self) -> OrderId {
         self.next_order += 1;
