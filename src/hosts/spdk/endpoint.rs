@@ -251,8 +251,7 @@ fn make(state: &mut State, volume: u32, wanted: Listen, then: Outcome) {
             Err(RpcError::exists(format!("subsystem {nqn} exists already")))
         } else {
             sys::spdk_nvmf_subsystem_set_mn(subsystem, model.as_ptr());
-            let mut options = sys::spdk_nvmf_ns_opts::default();
-            sys::spdk_nvmf_ns_opts_get_defaults(&raw mut options, size_of_val(&options));
+            let mut options = sys::nvmf_ns_opts();
             options.nsid = ENDPOINT_NSID;
             options.uuid = sys::uuid_from(&uuid);
             options.nguid = *uuid.as_bytes();
