@@ -41,6 +41,7 @@ const FUNCTIONS: &[&str] = &[
     "spdk_(zmalloc|malloc|free|realloc|mempool_.*|ring_.*)",
     "spdk_(get|set)_(thread|io_channel|ticks.*|shutdown.*)",
     "spdk_put_io_channel",
+    "spdk_add_subsystem",
     "spdk_for_each_.*",
     "spdk_(log|vlog|strerror.*|delay_us|flog)",
     "_spdk_trace_record",

@@ -8,6 +8,7 @@ pub const CFGS: &[&str] = &[
     "spdk_multipath_names",
     "spdk_multipath_opts",
     "spdk_nvme_cmd_dwords",
+    "spdk_subsystems",
     "spdk_trace_sections",
     "spdk_with_vfio_user",
     "spdk_with_vhost",
@@ -28,6 +29,7 @@ pub fn holds(name: &str, bindings: &Bindings) -> bool {
             bindings.has_field("spdk_bdev_nvme_ctrlr_opts", "multipath_policy")
         }
         "spdk_nvme_cmd_dwords" => bindings.has_field("spdk_nvme_cmd", "cdw2"),
+        "spdk_subsystems" => bindings.has_function("spdk_add_subsystem"),
         "spdk_trace_sections" => bindings.has_field("spdk_trace_file", "section_offsets"),
         "spdk_with_vfio_user" => bindings.has_constant("SPDK_CONFIG_VFIO_USER"),
         "spdk_with_vhost" => bindings.has_constant("SPDK_CONFIG_VHOST"),

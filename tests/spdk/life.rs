@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 
 use crate::stage::{A, B, MIB, Stage};
 use crate::targets::{
-    ONE_CORE_EACH, TWO_CORES_EACH, call, delete, end, has_disk, is_diskless, log, remove_disk,
-    return_disk, stop, targets, wait,
+    FAULTY, ONE_CORE_EACH, TWO_CORES_EACH, call, delete, end, has_disk, inject, is_diskless, log,
+    paired_with_a_faulty_disk, remove_disk, return_disk, stop, targets, wait,
 };
 use crate::tools::{alone, built};
 
@@ -300,38 +300,10 @@ fn a_volume_is_deleted_below_logical_volumes() {
     stage.compare_replicas();
 }
 
-/// A bdev that fails or keeps what it is told to, below the volume of node A.
-const FAULTY: &str = "EE_disk0";
-
-fn inject(stage: &mut Stage, io_type: &str, error_type: &str, times: u32) {
-    let params =
-        json!({"name": FAULTY, "io_type": io_type, "error_type": error_type, "num": times});
-    call(stage, A, "bdev_error_inject_error", params);
-}
-
-fn paired_with_a_faulty_disk() -> Stage {
-    let mut stage = targets(ONE_CORE_EACH, SIZE_MB, Value::Null);
-    for (index, base) in [(A, FAULTY), (B, BASE_BDEV)] {
-        stage.cluster.nodes[index].start().unwrap();
-        if index == A {
-            let uuid = "6f2a7f0c-3c52-4c2e-9d0b-5f8a3a1e00ee";
-            let params = json!({"base_name": BASE_BDEV, "uuid": uuid});
-            call(&mut stage, A, "bdev_error_create", params);
-        }
-        let more = json!({"assume_clean": true, "base_bdev": base});
-        stage.cluster.create(index, &more).unwrap();
-        stage.cluster.add_peer(index).unwrap();
-        stage.cluster.export(index).unwrap();
-    }
-    stage.in_sync();
-    stage.promote(A);
-    stage
-}
-
 #[test]
 fn a_disk_whose_writes_fail_is_detached_and_the_peer_goes_on() {
     let _alone = alone();
-    let mut stage = paired_with_a_faulty_disk();
+    let mut stage = paired_with_a_faulty_disk(ONE_CORE_EACH, SIZE_MB);
     let load = stage.load(A, WHOLE);
     stage.let_write(200);
     inject(&mut stage, "write", "failure", 1000);

@@ -6,6 +6,7 @@ mod ana;
 mod blocking;
 mod export;
 mod flush;
+mod frozen;
 #[path = "../e2e/hosts.rs"]
 mod hosts;
 mod inside;

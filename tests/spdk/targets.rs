@@ -111,3 +111,33 @@ pub fn delete(stage: &mut Stage, index: usize) {
     call(stage, index, "bdev_repl_delete", json!({"name": VOLUME}));
     assert!(began.elapsed() < SECONDS, "it took {:?}", began.elapsed());
 }
+
+/// A bdev that fails or keeps what it is told to, below the volume of node A.
+pub const FAULTY: &str = "EE_disk0";
+
+/// What happens to the next I/O of this type.
+pub fn inject(stage: &mut Stage, io_type: &str, error_type: &str, times: u32) {
+    let params =
+        json!({"name": FAULTY, "io_type": io_type, "error_type": error_type, "num": times});
+    call(stage, A, "bdev_error_inject_error", params);
+}
+
+/// Two targets with a volume each, connected; A is Primary.
+pub fn paired_with_a_faulty_disk(core_masks: [&str; 2], size_mb: u64) -> Stage {
+    let mut stage = targets(core_masks, size_mb, Value::Null);
+    for (index, base) in [(A, FAULTY), (B, BASE_BDEV)] {
+        stage.cluster.nodes[index].start().unwrap();
+        if index == A {
+            let uuid = "6f2a7f0c-3c52-4c2e-9d0b-5f8a3a1e00ee";
+            let params = json!({"base_name": BASE_BDEV, "uuid": uuid});
+            call(&mut stage, A, "bdev_error_create", params);
+        }
+        let more = json!({"assume_clean": true, "base_bdev": base});
+        stage.cluster.create(index, &more).unwrap();
+        stage.cluster.add_peer(index).unwrap();
+        stage.cluster.export(index).unwrap();
+    }
+    stage.in_sync();
+    stage.promote(A);
+    stage
+}

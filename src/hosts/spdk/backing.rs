@@ -6,7 +6,7 @@ use std::ptr;
 
 use uuid::Uuid;
 
-use super::core::manager_core;
+use super::core::{State, manager_core};
 use super::{lifecycle, link, module, sys};
 use crate::rpc::RpcError;
 
@@ -289,8 +289,14 @@ fn close_only(backing: &Backing) {
     unsafe { sys::spdk_bdev_close(backing.desc) };
 }
 
-/// Lets go of a bdev, on core 0.
-pub fn close(backing: &Backing, claimed: bool) {
+/// Lets go of a bdev, on core 0: as soon as it is not being reset.
+pub fn close(state: &mut State, backing: &Backing, claimed: bool) {
+    if state.node.frozen.is_resetting(Some(backing.desc)) {
+        let backing = backing.clone();
+        let again = move |state: &mut State| close(state, &backing, claimed);
+        return state.node.deferred.push(Box::new(again));
+    }
+    state.node.frozen.forget(backing.desc);
     if claimed {
         // SAFETY: claimed by us, and open.
         unsafe {

@@ -37,7 +37,7 @@ pub fn start(
 ) {
     let cores = all().len();
     if let Err(error) = device::check_cores(&opened.superblock, cores) {
-        backing::close(&backing, true);
+        backing::close(state, &backing, true);
         return reply.fail(error);
     }
     let block_size = backing.block_size;
@@ -110,7 +110,7 @@ pub fn start_attach(
 ) {
     let id = state.node.next_order();
     let Some(control) = state.node.control(volume) else {
-        return backing::close(&backing, true);
+        return backing::close(state, &backing, true);
     };
     control.backing = Some(backing.clone());
     control.orders.push((id, pending));
@@ -358,7 +358,7 @@ pub fn disk_closed(state: &mut State, volume: u32) {
             let own = control
                 .and_then(|control| control.backing.take_if(|own| std::ptr::eq(own.desc, desc)));
             if let Some(backing) = own {
-                backing::close(&backing, true);
+                backing::close(state, &backing, true);
             }
         },
     );
@@ -370,6 +370,9 @@ pub fn backing_removed(state: &mut State, name: &str) {
         let own = control.backing.as_ref()?;
         (own.name == name).then_some(control.volume)
     });
+    for opening in &mut state.node.openings {
+        opening.is_removed |= opening.backing.name == name;
+    }
     if let Some(volume) = volume {
         tracing::error!("backing bdev {name} was removed");
         with_manager(state, volume, |manager, cx| {
@@ -396,6 +399,11 @@ pub fn shutdown(state: &mut State, then: Job) {
             }
             shutdown(state, then);
         }),
+        // What is still being opened, or reset, holds a bdev that SPDK is about to take away.
+        None if !state.node.openings.is_empty() || state.node.frozen.is_resetting(None) => {
+            let again = move |state: &mut State| shutdown(state, then);
+            state.node.deferred.push(Box::new(again));
+        }
         None => then(state),
     }
 }

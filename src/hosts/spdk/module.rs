@@ -5,7 +5,7 @@ use std::cell::UnsafeCell;
 use std::ffi::c_int;
 
 use super::core::{self, manager_core};
-use super::{bdev, lifecycle, link, log, opening, rpc, sys, trace};
+use super::{bdev, ending, lifecycle, link, log, opening, rpc, sys, trace};
 use crate::hosts::control::endpoint::endpoint_name;
 use crate::rpc::Reply;
 
@@ -54,7 +54,10 @@ extern "C" fn register() {
 
 unsafe extern "C" fn module_init() -> c_int {
     match core::start() {
-        Ok(()) => 0,
+        Ok(()) => {
+            ending::listen();
+            0
+        }
         Err(errno) => errno,
     }
 }
@@ -67,6 +70,7 @@ unsafe extern "C" fn fini_start() {
     }
     match manager_core() {
         Some(core) => core.send(|state| {
+            state.node.frozen.is_ending = true;
             lifecycle::shutdown(state, Box::new(|_| core::stop(done)));
         }),
         None => done(),

@@ -12,6 +12,7 @@ use super::backing::Backing;
 use super::bdev::Registered;
 use super::core::{Job, State, all};
 use super::endpoint::{self, Exporter};
+use super::frozen::Frozen;
 use super::link::Link;
 use super::opening::Opening;
 use super::volume::with_manager;
@@ -37,6 +38,7 @@ pub struct Node {
     /// Tried again with each round of the poller.
     pub deferred: Vec<Job>,
     pub exporter: Exporter,
+    pub frozen: Frozen,
     /// When paths to peers are looked at next.
     pub next_path_ns: u64,
     next_order: OrderId,
@@ -85,6 +87,7 @@ pub enum Pending {
     Demote(Reply),
     /// The first attach of a new volume.
     Create(Reply),
+    Detach(Reply),
     Delete(Ended),
 }
 
@@ -150,6 +153,12 @@ impl Control {
         }
     }
 
+    /// The operator waits for the disk to be let go of.
+    pub fn is_detaching(&self) -> bool {
+        let mut orders = self.orders.iter();
+        orders.any(|(_, pending)| matches!(pending, Pending::Detach(_)))
+    }
+
     fn facts(&self) -> Facts<'_> {
         Facts {
             base_bdev: self.backing.as_ref().map(|backing| backing.name.as_str()),
@@ -190,6 +199,7 @@ pub fn request(state: &mut State, request: VolumeRequest, reply: Reply) {
     match order {
         Order::Promote { .. } => role::promote(state, volume, order, reply),
         Order::Demote => role::demote(state, volume, reply),
+        Order::Detach => give_order(state, volume, order, Pending::Detach(reply)),
         _ => give_order(state, volume, order, Pending::Reply(reply)),
     }
 }
@@ -233,7 +243,9 @@ pub fn ordered(state: &mut State, volume: u32, id: OrderId, outcome: OrderOutcom
     let (_, pending) = control.orders.swap_remove(position);
     let outcome = outcome.map_err(order::order_error);
     match pending {
-        Pending::Reply(reply) => reply.answer(outcome.map(|()| json!(true))),
+        Pending::Reply(reply) | Pending::Detach(reply) => {
+            reply.answer(outcome.map(|()| json!(true)));
+        }
         Pending::AddPeer(reply, node_id, before) => {
             if outcome.is_err() {
                 control.set_transport(node_id, before);

@@ -30,11 +30,13 @@ enum Purpose {
 /// A device that is being opened, under a volume number of its own.
 pub struct Opening {
     pub volume: u32,
+    /// Its bdev has gone meanwhile.
+    pub is_removed: bool,
     number: u32,
     purpose: Purpose,
     opener: Opener<Context>,
     context: Context,
-    backing: Backing,
+    pub backing: Backing,
     claimed: bool,
     disk: Disk,
     /// What SPDK had no room for.
@@ -128,18 +130,19 @@ fn open(state: &mut State, name: &str, purpose: Purpose, reply: Reply) {
     let goal = match goal_of(state, &purpose, &backing) {
         Ok(goal) => goal,
         Err(error) => {
-            backing::close(&backing, claimed);
+            backing::close(state, &backing, claimed);
             return reply.fail(error);
         }
     };
     let Some(disk) = backing.disk() else {
-        backing::close(&backing, claimed);
+        backing::close(state, &backing, claimed);
         return reply.fail(RpcError::no_memory(format!("bdev {name} gives no channel")));
     };
     let number = state.node.next_number();
     let volume = state.node.free_volume();
     state.node.openings.push(Opening {
         volume,
+        is_removed: false,
         number,
         purpose,
         opener: Opener::new(goal, Token(0), backing.bytes()),
@@ -299,8 +302,8 @@ fn end(state: &mut State, number: u32, outcome: Result<Opened, OpenError>) {
         return;
     };
     let (volume, backing, claimed) = (opening.volume, opening.backing, opening.claimed);
-    let refuse = |reply: Reply, error: RpcError| {
-        backing::close(&backing, claimed);
+    let refuse = |state: &mut State, reply: Reply, error: RpcError| {
+        backing::close(state, &backing, claimed);
         reply.fail(error);
     };
     if !matches!(opening.purpose, Purpose::Wipe) || outcome.is_err() {
@@ -308,7 +311,7 @@ fn end(state: &mut State, number: u32, outcome: Result<Opened, OpenError>) {
     }
     let opened = match outcome {
         Ok(opened) => opened,
-        Err(error) => return refuse(reply, device::open_error(&error)),
+        Err(error) => return refuse(state, reply, device::open_error(&error)),
     };
     let checked = device::check_block_size(&opened.superblock, &backing.name, backing.block_size);
     match opening.purpose {
@@ -316,6 +319,7 @@ fn end(state: &mut State, number: u32, outcome: Result<Opened, OpenError>) {
             let places = device::wipe_places(&opened.superblock);
             state.node.openings.push(Opening {
                 volume,
+                is_removed: opening.is_removed,
                 number,
                 purpose: Purpose::Wipe,
                 opener: opening.opener,
@@ -332,7 +336,7 @@ fn end(state: &mut State, number: u32, outcome: Result<Opened, OpenError>) {
         }
         _ if checked.is_err() => {
             if let Err(error) = checked {
-                refuse(reply, error);
+                refuse(state, reply, error);
             }
         }
         Purpose::Create(create) => start(state, volume, *create, backing, opened, reply, false),
@@ -348,7 +352,7 @@ fn found(state: &mut State, volume: u32, backing: Backing, opened: Opened, reply
     let superblock = &opened.superblock;
     let uuid = uuid::Uuid::from_bytes(superblock.volume_uuid);
     let name = backing.name.clone();
-    backing::close(&backing, false);
+    backing::close(state, &backing, false);
     if superblock.backing_uuid != *backing.uuid.as_bytes() && !backing.uuid.is_nil() {
         tracing::warn!(
             "bdev {name} carries volume {uuid}, but its metadata was made on another bdev: a copy is not attached by \
@@ -443,7 +447,7 @@ fn wiped_all(state: &mut State, number: u32, outcome: Result<(), RpcError>) {
     if let Some(position) = position {
         let opening = state.node.openings.swap_remove(position);
         opening.disk.put();
-        backing::close(&opening.backing, opening.claimed);
+        backing::close(state, &opening.backing, opening.claimed);
         if let Some(reply) = opening.reply {
             reply.answer(outcome.map(|()| true.into()));
         }

@@ -10,7 +10,7 @@ use super::backing::Disk;
 use super::bdev::{self, Port};
 use super::context::{Action, BdevIo, Context, Payload};
 use super::core::{Event, MANAGER_CORE, State};
-use super::{ana, endpoint, io, lifecycle, link, node, opening, sys};
+use super::{ana, endpoint, frozen, io, lifecycle, link, node, opening, sys};
 use crate::engine::channel::{AppIo, Channel, TOKEN_MANAGER};
 use crate::engine::manager::Manager;
 use crate::engine::message::ToManager;
@@ -341,6 +341,7 @@ fn poll(state: &mut State) {
         endpoint::poll(state);
         ana::poll(state);
         link::poll(state);
+        frozen::poll(state);
     }
     if state.volumes.is_empty() {
         return;
