@@ -50,9 +50,9 @@ fn a_volume_is_deleted_whose_disk_does_not_answer() {
         let more = json!({"base_bdev": FAULTY});
         stage.cluster.create(A, &more).unwrap();
         stage.cluster.add_peer(A).unwrap();
+        stage.cluster.export(A).unwrap();
         stage.in_sync();
         stage.promote(A);
-        stage.cluster.export(A).unwrap();
         stage.read_back(A, WHOLE);
         end(stage, A);
     }

@@ -13,6 +13,7 @@ mod inside;
 mod life;
 mod links;
 mod readme;
+mod recognised;
 mod register;
 mod remote;
 #[path = "../e2e/stage.rs"]

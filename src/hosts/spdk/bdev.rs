@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::context::{BdevIo, Payload};
 use super::core::{Core, Event, manager_core};
-use super::{module, node, rpc, sys};
+use super::{lifecycle, module, node, rpc, sys};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::request::RequestKind;
 use crate::engine::volume::{MAX_TRANSFER_BYTES, MAX_ZEROES_BYTES, VolumeGeometry};
@@ -202,6 +202,12 @@ impl Drop for OwnBdev {
 type Then = Box<dyn FnOnce()>;
 
 impl Registered {
+    /// Something is built on it.
+    pub fn is_claimed(self) -> bool {
+        // SAFETY: registered, on the application's thread, where claims are made.
+        unsafe { (*self.0).bdev.internal.claim_type != sys::SPDK_BDEV_CLAIM_NONE }
+    }
+
     /// Takes the bdev away; `then` when everybody has let go of it.
     pub fn unregister(self, then: impl FnOnce() + 'static) {
         unsafe extern "C" fn gone(then: *mut c_void, _: c_int) {
@@ -214,19 +220,32 @@ impl Registered {
         // SAFETY: registered, and unregistered once: the handle is given up.
         unsafe { sys::spdk_bdev_unregister(&raw mut (*self.0).bdev, Some(gone), then.cast()) };
     }
+
+    /// Frees it; to be called once, after `destruct`.
+    fn release(self) {
+        unsafe extern "C" fn done(own: *mut c_void) {
+            // SAFETY: nobody has a channel of it any more; `spdk_bdev_destruct_done` is the last use of the bdev.
+            unsafe {
+                let own = own.cast::<OwnBdev>();
+                sys::spdk_bdev_destruct_done(&raw mut (*own).bdev, 0);
+                drop(Box::from_raw(own));
+            }
+        }
+        // SAFETY: registered with the bdev.
+        unsafe { sys::spdk_io_device_unregister(self.0.cast(), Some(done)) };
+    }
 }
 
 unsafe extern "C" fn destruct(own: *mut c_void) -> c_int {
-    unsafe extern "C" fn done(own: *mut c_void) {
-        // SAFETY: nobody has a channel of it any more; `spdk_bdev_destruct_done` is the last use of the bdev.
-        unsafe {
-            let own = own.cast::<OwnBdev>();
-            sys::spdk_bdev_destruct_done(&raw mut (*own).bdev, 0);
-            drop(Box::from_raw(own));
-        }
-    }
+    let registered = Registered(own.cast());
     // SAFETY: registered with the bdev.
-    unsafe { sys::spdk_io_device_unregister(own, Some(done)) };
+    let volume = unsafe { (*registered.0).volume };
+    match manager_core() {
+        Some(core) => core.send(move |state| {
+            lifecycle::taken_away(state, volume, registered, move || registered.release());
+        }),
+        None => registered.release(),
+    }
     1
 }
 

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::backing::{self, Backing};
 use super::bdev::{self, Parameters, Port};
-use super::context::Context;
+use super::context::{Context, now_ns};
 use super::core::{Job, State, all, manager_core, on_all};
 use super::node::{Control, Pending, give_order};
 use super::volume::{CoreVolume, with_manager};
@@ -24,6 +24,10 @@ use crate::hosts::control::endpoint::{endpoint_name, endpoint_uuid};
 use crate::hosts::control::{device, refusal};
 use crate::rpc::volume::{CreateVolume, Register};
 use crate::rpc::{Reply, RpcError};
+
+/// How long a volume that ends serves on for those who have its bdev open: a store of logical volumes writes that it is
+/// clean. Who waits for I/O that is held takes longer, and is told that it has failed.
+const LETTING_GO_NS: u64 = 3_000_000_000;
 
 /// The device is open: the volume comes to be, on every core. `is_found`: by itself.
 pub fn start(
@@ -193,7 +197,7 @@ pub fn unregister_volume(state: &mut State, volume: u32, then: impl FnOnce(&mut 
         }
         then(state);
     };
-    unregister(vec![bdev], Box::new(gone));
+    unregister(bdev, Box::new(gone));
 }
 
 /// Lets peers in, where the volume is to listen.
@@ -254,26 +258,32 @@ pub fn remove(
         return then(state, Ok(()));
     };
     control.deleting = true;
-    ana::settle(state, volume, move |state| close(state, volume, then));
+    ana::settle(state, volume, move |state| {
+        unregister_volume(state, volume, |_| ());
+        let until_ns = now_ns() + LETTING_GO_NS;
+        close(state, volume, until_ns, then);
+    });
+}
+
+fn is_unregistering(state: &mut State, volume: u32) -> bool {
+    let control = state.node.control(volume);
+    control.is_some_and(|control| control.is_unregistering)
 }
 
 fn close(
     state: &mut State,
     volume: u32,
+    until_ns: u64,
     then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
 ) {
-    if state
-        .node
-        .control(volume)
-        .is_some_and(|control| control.is_unregistering)
-    {
-        let again = move |state: &mut State| close(state, volume, then);
+    if is_unregistering(state, volume) && now_ns() < until_ns {
+        let again = move |state: &mut State| close(state, volume, until_ns, then);
         return state.node.deferred.push(Box::new(again));
     }
     let pending = Pending::Delete(Box::new(move |state, outcome| match outcome {
         Ok(()) => {
-            let close = move |state: &mut State| remove_bdevs(state, volume, then);
-            link::close_all(state, volume, Box::new(close));
+            let remove = move |state: &mut State| remove_endpoint(state, volume, then);
+            link::close_all(state, volume, Box::new(remove));
         }
         Err(error) => {
             if let Some(control) = state.node.control(volume) {
@@ -285,7 +295,7 @@ fn close(
     give_order(state, volume, Order::Close, pending);
 }
 
-fn remove_bdevs(
+fn remove_endpoint(
     state: &mut State,
     volume: u32,
     then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
@@ -294,21 +304,31 @@ fn remove_bdevs(
         let Some(control) = state.node.control(volume) else {
             return then(state, Ok(()));
         };
-        let bdevs = [control.bdev.take(), control.endpoint.take()];
-        let bdevs: Vec<_> = bdevs.into_iter().flatten().collect();
-        unregister(bdevs, Box::new(move |state| forget(state, volume, then)));
+        let gone = move |state: &mut State| forget_unregistered(state, volume, then);
+        match control.endpoint.take() {
+            Some(endpoint) => unregister(endpoint, Box::new(gone)),
+            None => gone(state),
+        }
     });
 }
 
-fn unregister(mut bdevs: Vec<bdev::Registered>, then: Job) {
-    let Some(core) = manager_core() else {
-        return;
-    };
-    match bdevs.pop() {
-        Some(bdev) => core.send(move |_| {
-            bdev.unregister(move || unregister(bdevs, then));
-        }),
-        None => core.send(then),
+/// Whoever has not let go of the volume's bdev before does so now: the volume has ended their I/O.
+fn forget_unregistered(
+    state: &mut State,
+    volume: u32,
+    then: impl FnOnce(&mut State, Result<(), RpcError>) + 'static,
+) {
+    if is_unregistering(state, volume) {
+        let again = move |state: &mut State| forget_unregistered(state, volume, then);
+        return state.node.deferred.push(Box::new(again));
+    }
+    forget(state, volume, then);
+}
+
+/// Takes a bdev away; `then` when everybody has let go of it.
+fn unregister(bdev: bdev::Registered, then: Job) {
+    if let Some(core) = manager_core() {
+        core.send(move |_| bdev.unregister(move || core.send(then)));
     }
 }
 
@@ -381,16 +401,17 @@ pub fn backing_removed(state: &mut State, name: &str) {
     }
 }
 
-/// Ends all volumes, one after the other, then `then`. An error leaves a volume as a crash would.
+/// Ends volumes, one after the other, then `then`. An error leaves a volume as a crash would. A volume with something
+/// built on it serves on: SPDK takes bdevs away from the top, and it is not prepared for another order by now.
 pub fn shutdown(state: &mut State, then: Job) {
-    let next = state
-        .node
-        .controls
-        .iter()
-        .find(|control| !control.deleting)
-        .map(|control| control.volume);
-    match next {
-        Some(volume) => remove(state, volume, move |state, outcome| {
+    let is_below = |control: &Control| control.bdev.is_some_and(|bdev| bdev.is_claimed());
+    let controls = state.node.controls.iter();
+    let (below, rest): (Vec<_>, Vec<_>) = controls
+        .filter(|control| !control.deleting)
+        .partition(|control| is_below(control));
+    if let Some(control) = rest.first() {
+        let volume = control.volume;
+        return remove(state, volume, move |state, outcome| {
             if let Err(error) = outcome {
                 tracing::error!("a volume does not close: {}", error.message);
                 if let Some(control) = state.node.control(volume) {
@@ -398,12 +419,54 @@ pub fn shutdown(state: &mut State, then: Job) {
                 }
             }
             shutdown(state, then);
-        }),
+        });
+    }
+    if !state.node.openings.is_empty() || state.node.frozen.is_resetting(None) {
         // What is still being opened, or reset, holds a bdev that SPDK is about to take away.
-        None if !state.node.openings.is_empty() || state.node.frozen.is_resetting(None) => {
-            let again = move |state: &mut State| shutdown(state, then);
-            state.node.deferred.push(Box::new(again));
-        }
-        None => then(state),
+        let again = move |state: &mut State| shutdown(state, then);
+        return state.node.deferred.push(Box::new(again));
+    }
+    let until_ns = now_ns() + LETTING_GO_NS;
+    for volume in below
+        .iter()
+        .map(|control| control.volume)
+        .collect::<Vec<_>>()
+    {
+        close_at(state, volume, until_ns);
+    }
+    then(state);
+}
+
+/// Ends the I/O of a volume that is still there at this time: what is built on it cannot go while it waits.
+fn close_at(state: &mut State, volume: u32, until_ns: u64) {
+    let control = state.node.control(volume);
+    if control.is_none_or(|control| control.deleting) {
+        return;
+    }
+    if now_ns() < until_ns {
+        let again = move |state: &mut State| close_at(state, volume, until_ns);
+        return state.node.deferred.push(Box::new(again));
+    }
+    give_order(
+        state,
+        volume,
+        Order::Close,
+        Pending::Delete(Box::new(|_, _| ())),
+    );
+}
+
+/// A bdev of a volume is being taken away; `then` when the volume is ready for it. If it is not the volume itself that
+/// takes it away, the application is going down, and nothing is left that was built on it: the volume ends, too.
+pub fn taken_away(
+    state: &mut State,
+    volume: u32,
+    bdev: bdev::Registered,
+    then: impl FnOnce() + 'static,
+) {
+    let control = state.node.control(volume);
+    let own = control.and_then(|control| control.bdev.take_if(|own| *own == bdev));
+    match own {
+        Some(_) => remove(state, volume, move |_, _| then()),
+        None => then(),
     }
 }

@@ -33,6 +33,7 @@ const fn module() -> sys::spdk_bdev_module {
     module.fini_start = Some(fini_start);
     module.async_fini_start = true;
     module.module_fini = Some(module_fini);
+    module.async_fini = true;
     module.get_ctx_size = Some(get_ctx_size);
     module.examine_config = Some(examine_config);
     module.examine_disk = Some(examine_disk);
@@ -62,22 +63,32 @@ unsafe extern "C" fn module_init() -> c_int {
     }
 }
 
-/// The application is going down: volumes end before their bdevs are taken away.
+/// The application is going down: volumes end before their bdevs are taken away, but for those that others build on.
 unsafe extern "C" fn fini_start() {
-    extern "C" fn done() {
+    fn done() {
         // SAFETY: on the application's thread, once.
         unsafe { sys::spdk_bdev_module_fini_start_done() };
     }
     match manager_core() {
         Some(core) => core.send(|state| {
             state.node.frozen.is_ending = true;
-            lifecycle::shutdown(state, Box::new(|_| core::stop(done)));
+            lifecycle::shutdown(state, Box::new(|_| done()));
         }),
         None => done(),
     }
 }
 
-unsafe extern "C" fn module_fini() {}
+/// All bdevs are gone, and so are all volumes.
+unsafe extern "C" fn module_fini() {
+    extern "C" fn done() {
+        // SAFETY: on the application's thread, once.
+        unsafe { sys::spdk_bdev_module_fini_done() };
+    }
+    match manager_core() {
+        Some(_) => core::stop(done),
+        None => done(),
+    }
+}
 
 unsafe extern "C" fn get_ctx_size() -> c_int {
     bdev::io_context_bytes() as c_int

@@ -92,8 +92,11 @@ pub fn demote(state: &mut State, volume: u32, reply: Reply) {
         Some(control) => {
             control.is_demoting = true;
             ana::settle(state, volume, move |state| {
-                let order = move |state: &mut State| {
-                    give_order(state, volume, Order::Demote, Pending::Demote(reply));
+                let order = move |state: &mut State| match state.node.control(volume) {
+                    Some(control) if control.deleting => {
+                        reply.fail(refusal::being_deleted(&control.create.name));
+                    }
+                    _ => give_order(state, volume, Order::Demote, Pending::Demote(reply)),
                 };
                 match state.node.control(volume) {
                     Some(control) if control.create.register == Register::OnPromote => {
