@@ -378,8 +378,10 @@ impl<H: Host> Channel<H> {
             self.need_generation(cx, LOCAL_MASK);
             return Step::Wait;
         }
+        // A peer that was removed meanwhile has no part in the volume any more.
         let unsettled = (0..MAX_PEERS)
-            .filter(|&slot| request.missed & (1 << slot) != 0 && !self.view.peers[slot].may_miss)
+            .filter(|&slot| request.missed & (1 << slot) != 0)
+            .filter(|&slot| self.view.peers[slot].configured && !self.view.peers[slot].may_miss)
             .fold(0u8, |mask, slot| mask | 1 << slot);
         if unsettled != 0 {
             self.need_generation(cx, unsettled);

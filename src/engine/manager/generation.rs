@@ -30,7 +30,11 @@ impl<H: Host> Manager<H> {
     /// Writes wait to complete without the peers in `slots`, or, with [`LOCAL_MASK`], without a disk here.
     pub(super) fn need_generation(&mut self, cx: &mut H, slots: u8) {
         // A disk that is still failing asks for itself when the peers know what it lacks so far.
-        let without_own_disk = slots & LOCAL_MASK != 0 && self.view.disk == DiskState::Diskless;
+        // One that asks late, when there is such a generation, needs no other: a peer that did not get it before it was
+        // lost would be refused for ever.
+        let without_own_disk = slots & LOCAL_MASK != 0
+            && self.view.disk == DiskState::Diskless
+            && !self.view.own_disk_may_miss;
         if slots & !LOCAL_MASK != 0 || without_own_disk {
             self.start_generation(cx, slots & !LOCAL_MASK, without_own_disk);
         }
@@ -147,6 +151,9 @@ impl<H: Host> Manager<H> {
         }
         if bump.without_own_disk && self.view.disk <= DiskState::Failed {
             self.view.own_disk_may_miss = true;
+        }
+        if self.view.own_disk_may_miss {
+            again &= !LOCAL_MASK;
         }
         self.adopt(cx, Then::Nothing);
         if again != 0 {

@@ -165,6 +165,23 @@ fn a_peer_that_was_removed_can_be_added_again() {
     }
 }
 
+#[test]
+fn a_write_that_missed_a_peer_ends_when_that_is_removed() {
+    for seed in 0..20 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.promote(0);
+        world.write(0, 0, 8);
+        world.cut(0, 1);
+        world.order(0, Order::RemovePeer { node_id: 1 });
+        while world.now_ns < 3 * SECOND {
+            world.submit_random_write(0);
+            world.run_for(20 * MS);
+        }
+        world.wait_for_io();
+        world.check_orders();
+    }
+}
+
 /// One order in the middle of whatever is going on.
 fn random_order(world: &mut World, node: usize) {
     let peer = Some(1 - node as u8);
