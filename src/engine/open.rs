@@ -169,6 +169,11 @@ impl<H: Host> Opener<H> {
         Ok(())
     }
 
+    /// Whether [`poll`](Self::poll) has something to do.
+    pub fn wants_poll(&self) -> bool {
+        !self.busy
+    }
+
     fn next_io(&self) -> DiskIo {
         let read = |offset: u64, end: u64| DiskIo {
             op: DiskOp::Read,

@@ -259,15 +259,19 @@ impl<H: Host> Channel<H> {
     pub(super) fn send_notices(&mut self, cx: &mut H) {
         for slot in 0..MAX_PEERS {
             let session = self.view.peers[slot].send_session;
-            while !self.notices[slot].queued.is_empty()
-                && self.notices[slot].in_flight < NOTICES_IN_FLIGHT
-                && self.commands[slot] < self.view.peers[slot].limits.commands
-            {
-                if session == 0 || !self.send_notice(cx, slot, session) {
+            while self.may_send_notice(slot) {
+                if !self.send_notice(cx, slot, session) {
                     break;
                 }
             }
         }
+    }
+
+    pub(super) fn may_send_notice(&self, slot: PeerSlot) -> bool {
+        !self.notices[slot].queued.is_empty()
+            && self.notices[slot].in_flight < NOTICES_IN_FLIGHT
+            && self.commands[slot] < self.view.peers[slot].limits.commands
+            && self.view.peers[slot].send_session != 0
     }
 
     fn send_notice(&mut self, cx: &mut H, slot: PeerSlot, session: u32) -> bool {

@@ -68,6 +68,12 @@ impl<H: Host> Log<H> {
         self.open.as_ref().map_or(0, |open| open.log.len())
     }
 
+    /// There is a transaction for the disk, which has none of this log.
+    pub(super) fn has_transaction(&self) -> bool {
+        let is_gathered = |open: &Open| self.unsent.is_some() || open.log.has_misses();
+        self.writing.is_none() && self.open.as_ref().is_some_and(is_gathered)
+    }
+
     /// Whether the extents are in the log on disk: `Ok` with the transaction that holds the references, or `Err` with
     /// the transaction that was joined, if there was room.
     pub(super) fn enter(
@@ -131,12 +137,12 @@ impl<H: Host> Channel<H> {
     }
 
     fn write_transaction(&mut self, cx: &mut H) {
+        if !self.log.has_transaction() {
+            return;
+        }
         let Some(open) = &mut self.log.open else {
             return;
         };
-        if self.log.writing.is_some() {
-            return;
-        }
         let transaction = match self.log.unsent.take() {
             Some(transaction) => transaction,
             None => {

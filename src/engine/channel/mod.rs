@@ -233,6 +233,31 @@ impl<H: Host> Channel<H> {
             && self.notices.iter().all(|n| n.queued.is_empty())
     }
 
+    /// Whether a [`poll`](Self::poll) has something to do; if not, it asks the host for nothing, and that stays so until
+    /// something else happens here.
+    pub fn wants_poll(&self) -> bool {
+        self.waiting
+            .iter()
+            .any(|&index| self.is_worth_retrying(index))
+            || (self.view.disk_is_usable() && self.log.has_transaction())
+            || (0..MAX_PEERS).any(|slot| self.may_send_notice(slot))
+    }
+
+    /// A request waits for something that ends without a call here; for the others such a call tries again.
+    fn is_worth_retrying(&self, index: u16) -> bool {
+        let Some(request) = self.requests.get(index) else {
+            return false;
+        };
+        match request.stage {
+            Stage::Held => {
+                self.view.closing || self.view.role != Role::Primary || self.view.permits_io()
+            }
+            Stage::Log => !self.view.disk_is_usable(),
+            Stage::Settle => request.local_failed || self.view.closing,
+            Stage::Lock | Stage::Send | Stage::Flight => true,
+        }
+    }
+
     /// Extents that are in this channel's activity log.
     pub fn active_extents(&self) -> usize {
         self.log.active()

@@ -80,15 +80,18 @@ impl<H: Host> Manager<H> {
 
     /// Harvest first: no Hello leaves before every bit of the old session is in the master.
     pub(super) fn say_hello(&mut self, cx: &mut H, slot: PeerSlot) {
-        if self.peers[slot].draining
-            || self.peers[slot].link != Link::Open
-            || self.view.disk == DiskState::Attaching
-        {
+        if !self.may_say_hello(slot) {
             return;
         }
         self.peers[slot].hello = Asked::InFlight;
         let epoch = self.peers[slot].epoch;
         self.harvest(cx, Then::Session(slot, epoch, SessionStep::Hello));
+    }
+
+    pub(super) fn may_say_hello(&self, slot: PeerSlot) -> bool {
+        !self.peers[slot].draining
+            && self.peers[slot].link == Link::Open
+            && self.view.disk != DiskState::Attaching
     }
 
     pub(super) fn send_hello(&mut self, cx: &mut H, slot: PeerSlot) {
@@ -238,14 +241,14 @@ impl<H: Host> Manager<H> {
 
     /// Both Hellos are known: decide, have the channels accept the session, and confirm.
     pub(super) fn try_confirm(&mut self, cx: &mut H, slot: PeerSlot) {
+        if !self.may_confirm(slot) {
+            return;
+        }
         let now = cx.now_ns();
         let peer = &mut self.peers[slot];
         let (Some(mine), Some(theirs)) = (peer.my_hello, peer.their_hello) else {
             return;
         };
-        if peer.hello != Asked::Yes || peer.established || peer.link != Link::Open {
-            return;
-        }
         let session = session_id(mine.nonce, theirs.nonce);
         if peer.session == 0 {
             let decision = decide(&mine, &theirs);
@@ -259,10 +262,7 @@ impl<H: Host> Manager<H> {
             self.view.peers[slot].diskless = theirs.disk < DiskState::Inconsistent;
             let epoch = self.peers[slot].epoch;
             self.adopt(cx, Then::Session(slot, epoch, SessionStep::Receivable));
-        } else if peer.receivable
-            && matches!(peer.confirm, Asked::No | Asked::Again)
-            && now >= peer.next_try_ns
-        {
+        } else if now >= peer.next_try_ns {
             peer.confirm = Asked::InFlight;
             self.call(
                 slot,
@@ -271,6 +271,18 @@ impl<H: Host> Manager<H> {
                 Call::Confirm(session),
             );
         }
+    }
+
+    /// Both Hellos are known, and the next step is ours.
+    pub(super) fn may_confirm(&self, slot: PeerSlot) -> bool {
+        let peer = &self.peers[slot];
+        let is_asked = !matches!(peer.confirm, Asked::No | Asked::Again);
+        peer.my_hello.is_some()
+            && peer.their_hello.is_some()
+            && peer.hello == Asked::Yes
+            && !peer.established
+            && peer.link == Link::Open
+            && (peer.session == 0 || (peer.receivable && !is_asked))
     }
 
     pub(super) fn received_confirm(&mut self, cx: &mut H, session: u32, reply: usize) {

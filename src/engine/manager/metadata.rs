@@ -183,22 +183,42 @@ impl<H: Host> Manager<H> {
         Some(Data::Buffer(buffer))
     }
 
+    /// Whether a pump has something to do that is not waiting for the disk.
+    pub(super) fn metadata_is_due(&self) -> bool {
+        let writer = &self.metadata;
+        let wants = !writer.want_pages.is_empty() || !writer.want_superblock.is_empty();
+        match (&writer.job, writer.enabled) {
+            (Some(_), true) => writer.in_flight == 0 || self.has_next_io(),
+            (None, true) => wants,
+            (job, false) => wants || (job.is_some() && writer.in_flight == 0),
+        }
+    }
+
+    fn has_next_io(&self) -> bool {
+        let in_flight = self.metadata.in_flight;
+        match &self.metadata.job {
+            // Never two at once: the first must be whole before the second is touched.
+            Some(Job::Superblock { plan, .. }) => in_flight == 0 && !plan.is_empty(),
+            Some(Job::Pages { todo, .. }) if !todo.is_empty() => in_flight < PAGES_IN_FLIGHT,
+            Some(Job::Pages { flushed, .. }) => in_flight == 0 && !flushed,
+            None => false,
+        }
+    }
+
     fn next_io(&self) -> Option<(DiskIo, Option<Block>)> {
+        if !self.has_next_io() {
+            return None;
+        }
         let write = |offset| DiskIo {
             op: DiskOp::Write { fua: true },
             offset,
             len: BLOCK_SIZE as u64,
         };
         match self.metadata.job.as_ref()? {
-            // Never two at once: the first must be whole before the second is touched.
-            Job::Superblock { plan, .. } if self.metadata.in_flight == 0 => plan
+            Job::Superblock { plan, .. } => plan
                 .last()
                 .map(|&(offset, block)| (write(offset), Some(block))),
-            Job::Superblock { .. } => None,
             Job::Pages { todo, .. } if !todo.is_empty() => {
-                if self.metadata.in_flight >= PAGES_IN_FLIGHT {
-                    return None;
-                }
                 let &(slot, page) = todo.last()?;
                 let mut block = [0; BLOCK_SIZE];
                 bitmap_page::emit(self.masters[slot].page(page), page, &mut block);
@@ -211,7 +231,7 @@ impl<H: Host> Manager<H> {
                     Some(block),
                 ))
             }
-            Job::Pages { flushed: false, .. } if self.metadata.in_flight == 0 => Some((
+            Job::Pages { .. } => Some((
                 DiskIo {
                     op: DiskOp::Flush,
                     offset: 0,
@@ -219,7 +239,6 @@ impl<H: Host> Manager<H> {
                 },
                 None,
             )),
-            Job::Pages { .. } => None,
         }
     }
 

@@ -6,10 +6,12 @@
 //!
 //! `steps` counts channels in; `metadata` writes; `session` connects, by a `handshake`; `exchange` and `source` resync from here, `pull`
 //! to here; `generation` starts generations; `received` is what the nodes of a session tell
-//! each other, each once, which `known` sees to; `orders` are the operator's, of which `promote` has to be agreed and `demote` taken in; `report` is what they see.
+//! each other, each once, which `known` sees to; `orders` are the operator's, of which `promote` has to be agreed and `demote` taken in; `report` is what they see; `due`
+//! is when it wants to be polled.
 
 mod demote;
 mod disk;
+mod due;
 mod exchange;
 mod generation;
 mod handshake;

@@ -31,25 +31,11 @@ impl<H: Host> Manager<H> {
         if self.is_leaving() || self.is_under_way(|work| matches!(work, Work::Demoting)) {
             return Some(busy("the volume is being demoted or detached; try again"));
         }
-        let peers: Vec<PromotePeer> = (0..MAX_PEERS)
-            .filter(|&slot| self.peers[slot].node_id.is_some())
-            .map(|slot| PromotePeer {
-                slot,
-                role: self.peers[slot].role,
-                state: PeerState::lowered(self.view.peers[slot].conn, self.view.peers[slot].pdsk)
-                    .unwrap_or(PeerState::STAND_ALONE),
-            })
-            .collect();
-        let refusal = can_promote(self.view.disk, peers, force).err();
+        let refusal = self.promote_refusal(force);
         let order = self.orders.iter_mut().find(|order| order.id == id)?;
         let promoting = self.peers.iter().any(|peer| peer.promoting.is_some());
         match refusal {
-            Some(
-                PromoteRefusal::HandshakeInProgress { .. }
-                | PromoteRefusal::DiskInTransition { .. },
-            ) if cx.now_ns() < order.deadline_ns => {
-                return None;
-            }
+            Some(refusal) if passes(&refusal) && cx.now_ns() < order.deadline_ns => return None,
             Some(refusal) => return Some(busy(refusal.to_string())),
             None if promoting => return Some(busy("a peer is being promoted; demote it first")),
             None => {}
@@ -71,6 +57,29 @@ impl<H: Host> Manager<H> {
         }
         self.check_promoting(cx, id);
         None
+    }
+
+    fn promote_refusal(&self, force: bool) -> Option<PromoteRefusal> {
+        let peers = (0..MAX_PEERS)
+            .filter(|&slot| self.peers[slot].node_id.is_some())
+            .map(|slot| PromotePeer {
+                slot,
+                role: self.peers[slot].role,
+                state: PeerState::lowered(self.view.peers[slot].conn, self.view.peers[slot].pdsk)
+                    .unwrap_or(PeerState::STAND_ALONE),
+            });
+        can_promote(self.view.disk, peers, force).err()
+    }
+
+    /// Another attempt at a promotion would find what the last one has found.
+    pub(super) fn promotion_waits(&self, force: bool) -> bool {
+        self.view.role != Role::Primary
+            && !self.closing
+            && !self.is_leaving()
+            && !self.is_under_way(|work| matches!(work, Work::Demoting))
+            && self
+                .promote_refusal(force)
+                .is_some_and(|refusal| passes(&refusal))
     }
 
     pub(super) fn prepare_body(&self, id: OrderId) -> PrepareBody {
@@ -222,4 +231,12 @@ impl<H: Host> Manager<H> {
             }
         }
     }
+}
+
+/// It is refused for the moment only.
+fn passes(refusal: &PromoteRefusal) -> bool {
+    matches!(
+        refusal,
+        PromoteRefusal::HandshakeInProgress { .. } | PromoteRefusal::DiskInTransition { .. }
+    )
 }

@@ -36,6 +36,15 @@ pub(super) enum PullIo {
     Flushed,
 }
 
+/// The next step behind a sweep over the bitmap.
+enum Sweep {
+    Flush,
+    /// No bit is left.
+    Finish,
+    /// Bits were left, or have come.
+    Again,
+}
+
 struct Unit {
     bits: Blocks<u64>,
     pieces_left: u32,
@@ -210,7 +219,7 @@ impl<H: Host> Manager<H> {
         let Some(slot) = self.puller.slot else {
             return;
         };
-        while !self.puller.paused && self.puller.slot.is_some() && self.rate_allows(cx) {
+        while self.puller.slot.is_some() && self.may_cut_piece(slot) && self.rate_allows(cx) {
             let Some(free) = self.puller.pieces.iter().position(Option::is_none) else {
                 break;
             };
@@ -223,6 +232,37 @@ impl<H: Host> Manager<H> {
             self.advance_piece(cx, free);
         }
         self.poll_flush(cx, slot);
+    }
+
+    /// The time from which on [`poll_pull`](Self::poll_pull) has something to do.
+    pub(super) fn pull_due_ns(&self) -> Option<u64> {
+        let of_stage = |piece: &Piece<H>| match &piece.stage {
+            Stage::Ask(not_before_ns) => self.puller.slot.map(|_| *not_before_ns),
+            Stage::Fetching => None,
+            Stage::Lock(_) => Some(0),
+            Stage::Write(_, unsent) => (!unsent.is_empty()).then_some(0),
+        };
+        if let Some(slot) = self.puller.slot
+            && (self.may_cut_piece(slot) || self.sweep(slot).is_some())
+        {
+            return Some(0);
+        }
+        self.puller
+            .pieces
+            .iter()
+            .flatten()
+            .filter_map(of_stage)
+            .min()
+    }
+
+    /// There is a piece to be cut and room for it.
+    fn may_cut_piece(&self, slot: PeerSlot) -> bool {
+        let puller = &self.puller;
+        !puller.paused
+            && puller.pieces.iter().any(Option::is_none)
+            && (puller.cutting.is_some()
+                || (puller.written.len() + puller.flushing.len() < 2 * UNITS_PER_FLUSH
+                    && self.masters[slot].next_run(puller.cursor, 1).is_some()))
     }
 
     fn rate_allows(&mut self, cx: &H) -> bool {
@@ -244,9 +284,6 @@ impl<H: Host> Manager<H> {
     fn cut_piece(&mut self, slot: PeerSlot) -> Option<Piece<H>> {
         let geometry = self.shared.geometry;
         if self.puller.cutting.is_none() {
-            if self.puller.written.len() + self.puller.flushing.len() >= 2 * UNITS_PER_FLUSH {
-                return None;
-            }
             let max_bits = (UNIT_BYTES >> geometry.granularity_log2).max(1);
             let run = self.masters[slot].next_run(self.puller.cursor, max_bits)?;
             let run = self.widened(slot, run);
@@ -315,34 +352,50 @@ impl<H: Host> Manager<H> {
     }
 
     fn poll_flush(&mut self, cx: &mut H, slot: PeerSlot) {
-        if self.puller.slot != Some(slot) || self.puller.flush_in_flight || self.puller.finishing {
-            return;
-        }
-        let swept = self.puller.cutting.is_none()
-            && self.puller.pieces.iter().all(Option::is_none)
-            && self.masters[slot].next_run(self.puller.cursor, 1).is_none();
-        if self.puller.written.len() >= UNITS_PER_FLUSH
-            || (swept && !self.puller.written.is_empty())
-        {
-            let token = self.token(ManagerIo::Pull(PullIo::Flushed));
-            let io = DiskIo {
-                op: DiskOp::Flush,
-                offset: 0,
-                len: 0,
-            };
-            if cx.disk(token, io, Data::None).is_ok() {
-                self.puller.flush_in_flight = true;
-                self.puller.flushing = std::mem::take(&mut self.puller.written);
-            } else {
-                self.take_io(token);
+        match self.sweep(slot) {
+            Some(Sweep::Flush) => self.flush_written(cx),
+            Some(Sweep::Finish) => {
+                self.puller.finishing = true;
+                self.ask_finish(slot, Call::FinishAsk);
             }
-        } else if !swept || self.puller.reports_unanswered > 0 {
-            // The next sweep may come to what was fetched in this one.
-        } else if self.masters[slot].is_empty() {
-            self.puller.finishing = true;
-            self.ask_finish(slot, Call::FinishAsk);
+            Some(Sweep::Again) => self.puller.cursor = 0,
+            None => {}
+        }
+    }
+
+    fn flush_written(&mut self, cx: &mut H) {
+        let token = self.token(ManagerIo::Pull(PullIo::Flushed));
+        let io = DiskIo {
+            op: DiskOp::Flush,
+            offset: 0,
+            len: 0,
+        };
+        if cx.disk(token, io, Data::None).is_ok() {
+            self.puller.flush_in_flight = true;
+            self.puller.flushing = std::mem::take(&mut self.puller.written);
         } else {
-            self.puller.cursor = 0;
+            self.take_io(token);
+        }
+    }
+
+    /// What comes next with what was fetched, if anything does now.
+    fn sweep(&self, slot: PeerSlot) -> Option<Sweep> {
+        let puller = &self.puller;
+        if puller.slot != Some(slot) || puller.flush_in_flight || puller.finishing {
+            return None;
+        }
+        let has_swept = puller.cutting.is_none()
+            && puller.pieces.iter().all(Option::is_none)
+            && self.masters[slot].next_run(puller.cursor, 1).is_none();
+        if puller.written.len() >= UNITS_PER_FLUSH || (has_swept && !puller.written.is_empty()) {
+            Some(Sweep::Flush)
+        } else if !has_swept || puller.reports_unanswered > 0 {
+            // The next sweep may come to what was fetched in this one.
+            None
+        } else if self.masters[slot].is_empty() {
+            Some(Sweep::Finish)
+        } else {
+            Some(Sweep::Again)
         }
     }
 

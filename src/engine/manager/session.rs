@@ -57,15 +57,11 @@ impl<H: Host> Manager<H> {
 
     pub(super) fn poll_session(&mut self, cx: &mut H, slot: PeerSlot) {
         let now = cx.now_ns();
-        let peer = &mut self.peers[slot];
+        let peer = &self.peers[slot];
         match peer.link {
             Link::Closed => {
-                if peer.wanted && !peer.draining && now >= peer.retry_at_ns && !self.closing {
-                    if let Some(address) = peer.address.clone() {
-                        peer.link = Link::Opening;
-                        self.view.peers[slot].conn = ConnState::Connecting;
-                        cx.link_open(slot, &address);
-                    }
+                if now >= peer.retry_at_ns && self.may_open_link(slot) {
+                    self.open_link(cx, slot);
                 }
             }
             Link::Open if peer.established => {
@@ -84,6 +80,56 @@ impl<H: Host> Manager<H> {
                 }
             }
             Link::Opening | Link::Closing => {}
+        }
+    }
+
+    fn may_open_link(&self, slot: PeerSlot) -> bool {
+        let peer = &self.peers[slot];
+        peer.wanted && !peer.draining && !self.closing && peer.address.is_some()
+    }
+
+    fn open_link(&mut self, cx: &mut H, slot: PeerSlot) {
+        if let Some(address) = self.peers[slot].address.clone() {
+            self.peers[slot].link = Link::Opening;
+            self.view.peers[slot].conn = ConnState::Connecting;
+            cx.link_open(slot, &address);
+        }
+    }
+
+    /// The time from which on [`poll_session`](Self::poll_session) has something to do.
+    pub(super) fn session_due_ns(&self, slot: PeerSlot) -> Option<u64> {
+        let peer = &self.peers[slot];
+        match peer.link {
+            Link::Closed => self.may_open_link(slot).then_some(peer.retry_at_ns),
+            Link::Open if peer.established => {
+                let timeout_ns = self.options.ping_timeout_ms * 1_000_000;
+                let interval_ns = self.options.ping_interval_ms * 1_000_000;
+                let silent_ns = peer.heard_ns + timeout_ns + interval_ns + 1;
+                let ping_ns = if peer.ping_in_flight {
+                    peer.ping_sent_ns + timeout_ns + 1
+                } else {
+                    peer.ping_sent_ns + interval_ns
+                };
+                let again_ns = peer.again.map(|(_, not_before_ns)| not_before_ns);
+                [Some(silent_ns), Some(ping_ns), again_ns]
+                    .into_iter()
+                    .flatten()
+                    .min()
+            }
+            Link::Open => {
+                let late_ns = peer.heard_ns + HANDSHAKE_TIMEOUT_NS + 1;
+                let may_go_on = if matches!(peer.hello, Asked::No | Asked::Again) {
+                    self.may_say_hello(slot)
+                } else {
+                    self.may_confirm(slot)
+                };
+                Some(if may_go_on {
+                    late_ns.min(peer.next_try_ns)
+                } else {
+                    late_ns
+                })
+            }
+            Link::Opening | Link::Closing => None,
         }
     }
 

@@ -128,6 +128,11 @@ impl ActivityLog {
         })
     }
 
+    /// Whether an extent is active that no transaction has named.
+    pub fn has_misses(&self) -> bool {
+        self.has_misses
+    }
+
     /// The transaction is durable on disk: whoever joined it, or one before, may go on.
     pub fn transaction_done(&mut self, number: u64) {
         debug_assert_eq!(self.in_flight, Some(number));

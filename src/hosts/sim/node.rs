@@ -21,6 +21,9 @@ use crate::host::{
     AppStatus, ChannelId, Data, DiskIo, Host, PeerAddress, PeerRefusal, PeerSlot, Token,
 };
 
+/// The place of the manager; channels have their own numbers.
+pub const MANAGER: usize = usize::MAX;
+
 /// What the engine has asked for.
 pub enum Action {
     Disk(Token, DiskIo, Data<Core>),
@@ -50,11 +53,14 @@ pub struct Core {
     pub scarcity_percent: u64,
     pub links_up: [bool; MAX_PEERS],
     pub in_capsule_bytes: u32,
+    /// The engine has asked for something that may be refused.
+    pub has_asked: bool,
     pub actions: Vec<Action>,
 }
 
 impl Core {
     fn is_scarce(&mut self) -> bool {
+        self.has_asked = true;
         self.scarcity_percent > 0 && self.random.chance(self.scarcity_percent)
     }
 }
@@ -190,6 +196,8 @@ pub struct Node {
     pub outcomes: BTreeMap<OrderId, OrderOutcome>,
     /// When the last message between two places of this node arrives.
     pub message_ns: BTreeMap<(usize, usize), u64>,
+    /// When the channels are polled next, and last when the manager is.
+    pub planned_polls_ns: Vec<Option<u64>>,
 }
 
 impl Node {
@@ -206,6 +214,38 @@ impl Node {
             unanswered: BTreeMap::new(),
             outcomes: BTreeMap::new(),
             message_ns: BTreeMap::new(),
+            planned_polls_ns: vec![None; cores + 1],
+        }
+    }
+
+    pub fn planned_poll_ns(&mut self, place: usize) -> &mut Option<u64> {
+        let last = self.planned_polls_ns.len() - 1;
+        &mut self.planned_polls_ns[place.min(last)]
+    }
+
+    /// From when on this place wants to be polled.
+    pub fn poll_due_ns(&self, place: usize) -> Option<u64> {
+        if place == MANAGER && self.opener.as_ref().is_some_and(Opener::wants_poll) {
+            return Some(0);
+        }
+        let engine = self.engine.as_ref()?;
+        if place == MANAGER {
+            engine.manager.next_poll_ns()
+        } else {
+            engine.channels[place].wants_poll().then_some(0)
+        }
+    }
+
+    pub fn poll(&mut self, place: usize, cx: &mut Core) {
+        if place == MANAGER
+            && let Some(opener) = &mut self.opener
+        {
+            opener.poll(cx).expect("the device is large enough");
+        }
+        match &mut self.engine {
+            Some(engine) if place == MANAGER => engine.manager.poll(cx),
+            Some(engine) => engine.channels[place].poll(cx),
+            None => {}
         }
     }
 

@@ -4,6 +4,7 @@
 mod application;
 mod deliver;
 mod faults;
+mod polls;
 mod repeat;
 
 use std::cmp::Reverse;
@@ -14,7 +15,7 @@ use super::disk::Disk;
 use super::ledger::{Ledger, ReadMark};
 use super::link::Transit;
 use super::memory::Payload;
-use super::node::{Core, Engine, Node};
+use super::node::{Core, Engine, MANAGER, Node};
 use super::random::Random;
 use super::record::Recorded;
 use crate::engine::channel::Channel;
@@ -32,8 +33,8 @@ use crate::host::{AppStatus, PeerAddress, Token};
 
 pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1_000 * MS;
-const POLL_NS: u64 = MS;
-const BUSY_POLL_NS: u64 = 100_000;
+/// How much time may pass before a condition is looked at again.
+const LOOK_NS: u64 = 100_000;
 /// The token of all I/O of an opener.
 const OPENER: Token = Token(u64::MAX);
 
@@ -56,6 +57,8 @@ pub struct Config {
     pub scarcity_percent: u64,
     /// Chance in percent that the transport delivers a command again, or late.
     pub repeat_percent: u64,
+    pub ping_interval_ms: u64,
+    pub ping_timeout_ms: u64,
 }
 
 impl Default for Config {
@@ -72,12 +75,17 @@ impl Default for Config {
             command_window: DuplicateWindow::DEFAULT_CAPACITY,
             scarcity_percent: 0,
             repeat_percent: 0,
+            ping_interval_ms: 50,
+            ping_timeout_ms: 200,
         }
     }
 }
 
 pub(super) enum What {
-    Poll,
+    Poll {
+        place: usize,
+        at_ns: u64,
+    },
     DiskDone(u64),
     ToManager(ToManager<Core>),
     ToChannel(usize, ToChannel<Core>),
@@ -234,29 +242,28 @@ impl World {
     /// Panics when it has not come true after `limit_ns`.
     pub fn run_until(&mut self, what: &str, limit_ns: u64, is: impl Fn(&World) -> bool) {
         let end_ns = self.now_ns + limit_ns;
-        let mut looked = 0;
         while !is(self) {
-            if self.now_ns > end_ns {
+            if self.now_ns > end_ns || self.queue.is_empty() {
                 panic!("after {limit_ns} ns still not: {what}\n{}", self.describe());
             }
-            // Looking is not free: after a few steps at a time.
-            loop {
-                self.step();
-                looked += 1;
-                if looked % 16 == 0 {
+            // Looking is not free: after a few steps at a time, as long as they are close to each other.
+            let look_ns = self.now_ns + LOOK_NS;
+            for step in 0..16 {
+                if step > 0 && self.next_event_ns().is_none_or(|at_ns| at_ns > look_ns) {
                     break;
                 }
+                self.step();
             }
         }
     }
 
+    fn next_event_ns(&self) -> Option<u64> {
+        self.queue.peek().map(|Reverse((at_ns, ..))| *at_ns)
+    }
+
     pub fn run_for(&mut self, time_ns: u64) {
         let end_ns = self.now_ns + time_ns;
-        while self
-            .queue
-            .peek()
-            .is_some_and(|Reverse((at_ns, ..))| *at_ns <= end_ns)
-        {
+        while self.next_event_ns().is_some_and(|at_ns| at_ns <= end_ns) {
             self.step();
         }
         self.now_ns = end_ns;
@@ -264,17 +271,28 @@ impl World {
 
     /// Calls into a node's engine, then does what it asked for.
     fn call(&mut self, node: usize, place: usize, call: impl FnOnce(&mut Node, &mut Core)) {
+        let random = Random::new(self.random.number());
         let mut core = Core {
-            now_ns: self.now_ns,
-            random: Random::new(self.random.number()),
-            scarcity_percent: self.config.scarcity_percent,
-            links_up: self.nodes[node].links_up(),
-            in_capsule_bytes: self.in_capsule_bytes(node),
-            actions: Vec::new(),
+            random,
+            ..self.core(node)
         };
         call(&mut self.nodes[node], &mut core);
         for action in core.actions {
             self.act(node, place, action);
+        }
+        self.plan_poll(node, place);
+    }
+
+    /// The context of a node now, with chance that is always the same.
+    fn core(&self, node: usize) -> Core {
+        Core {
+            now_ns: self.now_ns,
+            random: Random::new(0),
+            scarcity_percent: self.config.scarcity_percent,
+            links_up: self.nodes[node].links_up(),
+            in_capsule_bytes: self.in_capsule_bytes(node),
+            has_asked: false,
+            actions: Vec::new(),
         }
     }
 
@@ -361,12 +379,10 @@ impl World {
     /// Begins to open the device; what follows happens by itself.
     pub fn open(&mut self, node: usize, goal: Goal) {
         let size_bytes = self.nodes[node].disk.size_bytes();
-        let started = !std::mem::replace(&mut self.nodes[node].running, true);
+        self.nodes[node].running = true;
         self.nodes[node].disk_open = true;
         self.nodes[node].opener = Some(Opener::new(goal, OPENER, size_bytes));
-        if started {
-            self.schedule_here(node, 1, What::Poll);
-        }
+        self.plan_poll(node, MANAGER);
     }
 
     fn wait_attached(&mut self, node: usize) {
@@ -379,7 +395,13 @@ impl World {
     }
 
     fn opened(&mut self, node: usize, opened: Opened) {
-        let (cores, command_window) = (self.config.cores, self.config.command_window);
+        let Config {
+            cores,
+            command_window,
+            ping_interval_ms,
+            ping_timeout_ms,
+            ..
+        } = self.config;
         let order = self.id();
         let incarnation = self.nodes[node].incarnation;
         self.orders
@@ -401,8 +423,8 @@ impl World {
                     (0..cores).collect(),
                 );
                 manager.set_options(Options {
-                    ping_interval_ms: 50,
-                    ping_timeout_ms: 200,
+                    ping_interval_ms,
+                    ping_timeout_ms,
                     connect_interval_ms: 50,
                     resync_rate_bytes: 0,
                 });
@@ -501,14 +523,7 @@ impl World {
     }
 
     pub fn state(&self, node: usize) -> VolumeState {
-        let core = Core {
-            now_ns: self.now_ns,
-            random: Random::new(0),
-            scarcity_percent: 0,
-            links_up: self.nodes[node].links_up(),
-            in_capsule_bytes: self.in_capsule_bytes(node),
-            actions: Vec::new(),
-        };
+        let core = self.core(node);
         let engine = self.nodes[node].engine.as_ref();
         engine.expect("the node runs").manager.report(&core)
     }
@@ -653,9 +668,6 @@ impl World {
         text + &format!("\n{stuck} application I/Os under way")
     }
 }
-
-/// The place of the manager; channels have their own numbers.
-const MANAGER: usize = usize::MAX;
 
 /// Where a node's endpoint listens.
 pub fn address(node: usize) -> PeerAddress {

@@ -168,6 +168,7 @@ fn open(disk: &mut Disk, goal: Goal) -> Result<Opened, OpenError> {
         random: Random::new(0),
         scarcity_percent: 0,
         links_up: Default::default(),
+        has_asked: false,
         actions: Vec::new(),
     };
     let mut opener = Opener::new(goal, Token(0), disk.size_bytes());

@@ -1,6 +1,6 @@
 //! Delivers events to the engines and does what they ask for.
 
-use super::{Event, MANAGER, OPENER, POLL_NS, What, World};
+use super::{Event, MANAGER, OPENER, What, World};
 use crate::engine::channel::TOKEN_MANAGER;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::{DataDirection, PeerCommand, data_direction, opcode};
@@ -27,7 +27,7 @@ impl World {
             return;
         }
         match what {
-            What::Poll => self.poll(node),
+            What::Poll { place, at_ns } => self.poll(node, place, at_ns),
             What::DiskDone(id) => self.disk_done(node, id),
             What::ToManager(message) => {
                 self.with_manager(node, |manager, cx| manager.message(cx, message));
@@ -73,29 +73,6 @@ impl World {
             }
             What::Submit(id) => self.offer(id),
         }
-    }
-
-    fn poll(&mut self, node: usize) {
-        if !self.nodes[node].running {
-            return;
-        }
-        if self.nodes[node].opener.is_some() {
-            self.call(node, MANAGER, |node, cx| {
-                if let Some(opener) = &mut node.opener {
-                    opener.poll(cx).expect("the device is large enough");
-                }
-            });
-        }
-        self.with_manager(node, |manager, cx| manager.poll(cx));
-        let mut idle = true;
-        for channel in 0..self.config.cores {
-            self.with_channel(node, channel, |channel, cx| {
-                channel.poll(cx);
-                idle &= channel.is_idle();
-            });
-        }
-        let next_ns = if idle { POLL_NS } else { super::BUSY_POLL_NS };
-        self.schedule_here(node, next_ns, What::Poll);
     }
 
     pub(super) fn act(&mut self, node: usize, place: usize, action: Action) {
@@ -292,11 +269,7 @@ impl World {
                 Ok(Some(opened)) => return self.opened(node, opened),
                 Err(error) => panic!("node {node} cannot be opened: {error}"),
             }
-            return self.call(node, MANAGER, |node, cx| {
-                if let Some(opener) = &mut node.opener {
-                    opener.poll(cx).expect("the device is large enough");
-                }
-            });
+            return self.call(node, MANAGER, |node, cx| node.poll(MANAGER, cx));
         }
         if completion.token.0 & TOKEN_MANAGER != 0 {
             self.with_manager(node, |manager, cx| manager.complete(cx, completion));

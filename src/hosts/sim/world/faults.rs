@@ -99,6 +99,7 @@ impl World {
         stopped.disk_open = false;
         stopped.unanswered.clear();
         stopped.message_ns.clear();
+        stopped.planned_polls_ns.fill(None);
         for link in &mut stopped.links {
             *link = Link::new(cores);
         }
