@@ -186,7 +186,7 @@ def spdk_rpc_plugin_initialize(subparsers):
                    bdev_repl_create)
     p.add_argument("-n", "--node-id", type=int, required=True,
                    help="Id of this node, 0 to 7, different on each node of the volume")
-    p.add_argument("-b", "--base-bdev", help="Name of the backing bdev (left out: this node is diskless)")
+    p.add_argument("-b", "--base-bdev", help="Name of the backing bdev; if it is not there yet, the volume is made when it appears")
     p.add_argument("-u", "--uuid", help="UUID of the volume, the same on all nodes. Default: derived from the name")
     p.add_argument("-g", "--granularity-kb", type=int,
                    help="What one bit of the bitmap stands for, in KiB: a power of two, 4 to 1024. Default: 4")

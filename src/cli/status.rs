@@ -243,6 +243,12 @@ fn table(targets: &[Target]) -> Vec<String> {
                 volume.disk.clone(),
                 size,
             ];
+            if let Some(error) = &volume.last_error {
+                notes.push(format!(
+                    "{} on node {}: {error}",
+                    volume.name, volume.node_id
+                ));
+            }
             if volume.peers.is_empty() {
                 left.extend(["-"; 5].map(str::to_owned));
                 rows.push(left.clone());
@@ -387,6 +393,7 @@ mod tests {
             activity_log: None,
             options: OptionsReport::default(),
             peers,
+            last_error: None,
         };
         Target {
             socket: PathBuf::from(format!("/tmp/{node_id}.sock")),

@@ -235,7 +235,7 @@ fn wrong_names_parameters_and_sizes_are_refused_before_anything_is_written() {
             -22,
             "exclude",
         ),
-        (create("none", json!({})), -19, "none"),
+        (create("none", json!({"force": true})), -19, "none"),
         (create("disk0", json!({"size_mb": 100_000})), -22, "device"),
         (create("small", json!({})), -28, "few"),
         (create("disk0", json!({"name": "a b"})), -22, "printable"),

@@ -2,6 +2,7 @@
 //! or, as BDEV_REPL_HOSTS says for each node, on SPDK's.
 //! What happens to a volume is seen by RPC, through NVMe/TCP and in the backing files only.
 
+mod awaited;
 mod demo;
 mod errors;
 mod hosts;

@@ -1,8 +1,5 @@
-//! A volume's life in SPDK: saved and loaded, found by itself, its disk pulled, deleted and shut down in the middle of
+//! A volume's life in SPDK: found by itself, its disk pulled, deleted and shut down in the middle of
 //! everything. After each, SPDK has nothing left over, and the replicas are the same.
-
-use std::fs;
-use std::process::Command;
 
 use bdev_repl::cli::demo::cluster::{BASE_BDEV, SUBSYSTEM_NQN, VOLUME, peer};
 use bdev_repl::cli::demo::link::LinkState;
@@ -13,95 +10,13 @@ use crate::targets::{
     FAULTY, ONE_CORE_EACH, TWO_CORES_EACH, call, delete, end, has_disk, inject, is_diskless, log,
     paired_with_a_faulty_disk, remove_disk, return_disk, stop, targets, wait,
 };
-use crate::tools::{alone, built};
+use crate::tools::alone;
 
 const SIZE_MB: u64 = 32;
 const WHOLE: std::ops::Range<u64> = 0..SIZE_MB * MIB;
 
 fn paired(core_masks: [&str; 2]) -> Stage {
     targets(core_masks, SIZE_MB, Value::Null).pair()
-}
-
-/// What SPDK's own client saves of a node; the parts that have to do with volumes.
-fn save(stage: &Stage, index: usize, rpc: &std::path::Path) -> Value {
-    let settings = stage.cluster.nodes[index].settings();
-    let mut command = Command::new("python3");
-    command.arg(rpc).arg("-s").arg(&settings.rpc_socket);
-    let saved = command.arg("save_config").output().unwrap();
-    let said = String::from_utf8_lossy(&saved.stderr).into_owned();
-    assert!(saved.status.success(), "{said}");
-    let all: Value = serde_json::from_slice(&saved.stdout).unwrap();
-    let ours = all["subsystems"].as_array().unwrap().iter();
-    let ours = ours.filter(|part| part["subsystem"] == "bdev" || part["subsystem"] == "nvmf");
-    json!({"subsystems": ours.collect::<Vec<_>>()})
-}
-
-/// Hands a configuration to SPDK's own client.
-fn load(stage: &Stage, index: usize, rpc: &std::path::Path, config: &Value) {
-    let settings = stage.cluster.nodes[index].settings();
-    let path = stage.cluster.settings().directory.join("load.json");
-    fs::write(&path, config.to_string()).unwrap();
-    let mut command = Command::new("python3");
-    command.arg(rpc).arg("-s").arg(&settings.rpc_socket);
-    let loaded = command.arg("load_config").arg("-j").arg(&path).output();
-    let loaded = loaded.unwrap();
-    let said = String::from_utf8_lossy(&loaded.stderr).into_owned();
-    assert!(loaded.status.success(), "{said}");
-}
-
-/// Has a node start with this configuration from now on.
-fn configure(stage: &Stage, index: usize, config: &Value) {
-    let path = &stage.cluster.nodes[index].settings().config;
-    fs::write(path, config.to_string()).unwrap();
-}
-
-#[test]
-fn a_saved_configuration_makes_the_same_volumes_again() {
-    let _alone = alone();
-    let Some(rpc) = built("scripts/rpc.py") else {
-        return;
-    };
-    let mut stage = targets(ONE_CORE_EACH, SIZE_MB, json!({"granularity_kb": 16})).pair();
-    for index in [A, B] {
-        let options = json!({"name": VOLUME, "resync_rate_mb": 77});
-        call(&mut stage, index, "bdev_repl_set_options", options);
-    }
-    stage.write(A, WHOLE, 300);
-    stage.demote(A);
-    let before = [A, B].map(|index| stage.cluster.report(index).unwrap());
-    let saved = [A, B].map(|index| save(&stage, index, &rpc));
-    for config in &saved {
-        let text = config.to_string();
-        assert!(!text.contains("bdev_nvme_attach_controller"), "{text}");
-        assert_eq!(text.matches("bdev_repl_create").count(), 1, "{text}");
-    }
-    for index in [A, B] {
-        stop(&mut stage, index);
-    }
-
-    configure(&stage, A, &saved[A]);
-    stage.cluster.nodes[A].start().unwrap();
-    configure(&stage, B, &json!({"subsystems": []}));
-    stage.cluster.nodes[B].start().unwrap();
-    load(&stage, B, &rpc, &saved[B]);
-    stage.in_sync();
-    for index in [A, B] {
-        assert_eq!(save(&stage, index, &rpc), saved[index]);
-        let (was, is) = (&before[index], stage.cluster.report(index).unwrap());
-        assert_eq!((&was.uuid, &was.options), (&is.uuid, &is.options));
-        assert_eq!(was.listen_address, is.listen_address);
-        assert_eq!(was.granularity, is.granularity);
-    }
-    stage.promote(A);
-    stage.read_back(A, WHOLE);
-    stage.write(A, WHOLE, 300);
-
-    // Deleted and made again, the endpoint is there again too.
-    delete(&mut stage, B);
-    stage.cluster.create(B, &Value::Null).unwrap();
-    stage.cluster.add_peer(B).unwrap();
-    stage.in_sync();
-    end(stage, A);
 }
 
 #[test]

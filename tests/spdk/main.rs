@@ -16,6 +16,7 @@ mod readme;
 mod recognised;
 mod register;
 mod remote;
+mod saved;
 #[path = "../e2e/stage.rs"]
 #[allow(
     dead_code,

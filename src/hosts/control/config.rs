@@ -29,17 +29,7 @@ fn calls_of(
         force: false,
         ..create.clone()
     })];
-    if options != Options::default() {
-        calls.push(VolumeRequest::SetOptions(SetOptions {
-            name: create.name.clone(),
-            ping_interval_ms: Some(options.ping_interval_ms as u32),
-            ping_timeout_ms: Some(options.ping_timeout_ms as u32),
-            connect_interval_ms: Some(options.connect_interval_ms as u32),
-            resync_rate_mb: Some((options.resync_rate_bytes >> 20) as u32),
-            // The call that makes the volume has them.
-            ana_listeners: None,
-        }));
-    }
+    calls.extend(changed_options(&create.name, options));
     for peer in peers {
         let Some(address) = &peer.address else {
             continue;
@@ -61,6 +51,21 @@ fn calls_of(
         }));
     }
     calls
+}
+
+/// The call that sets options which are not as they come.
+pub fn changed_options(name: &str, options: Options) -> Option<VolumeRequest> {
+    (options != Options::default()).then(|| {
+        VolumeRequest::SetOptions(SetOptions {
+            name: name.to_owned(),
+            ping_interval_ms: Some(options.ping_interval_ms as u32),
+            ping_timeout_ms: Some(options.ping_timeout_ms as u32),
+            connect_interval_ms: Some(options.connect_interval_ms as u32),
+            resync_rate_mb: Some((options.resync_rate_bytes >> 20) as u32),
+            // The call that makes the volume has them.
+            ana_listeners: None,
+        })
+    })
 }
 
 #[cfg(test)]

@@ -20,6 +20,45 @@ pub fn needs_base_bdev() -> RpcError {
     )
 }
 
+/// A bdev that comes later is not overwritten whatever it carries.
+pub fn force_is_for_now(base_bdev: &str) -> RpcError {
+    RpcError::no_device(format!(
+        "no bdev is named {base_bdev}, and force is not kept for one that comes later: leave it out to have the volume \
+         made when the bdev appears"
+    ))
+}
+
+/// Two volumes cannot be made on one bdev.
+pub fn awaited(base_bdev: &str, name: &str) -> RpcError {
+    RpcError::not_permitted(format!(
+        "bdev {base_bdev} is claimed by bdev_repl: volume '{name}' waits for it"
+    ))
+}
+
+/// A volume that is not made yet.
+pub fn waits(name: &str, base_bdev: &str) -> RpcError {
+    RpcError::busy(format!(
+        "volume '{name}' is not made yet: it waits for its backing bdev {base_bdev}; bdev_repl_get_volumes says more"
+    ))
+}
+
+/// A node is not its own peer.
+pub fn own_node_id(node_id: u8) -> RpcError {
+    RpcError::invalid(format!("node id {node_id} is this node's own"))
+}
+
+/// A peer cannot be made known twice.
+pub fn peer_exists(node_id: u8) -> RpcError {
+    RpcError::exists(format!("a peer with node id {node_id} exists already"))
+}
+
+/// A peer that was not made known.
+pub fn no_peer(node_id: u8) -> RpcError {
+    RpcError::no_device(format!(
+        "there is no peer with node id {node_id}; bdev_repl_get_volumes lists them"
+    ))
+}
+
 /// A volume whose bdev comes and goes where nothing could be built on it.
 pub fn always_registered() -> RpcError {
     RpcError::not_supported(

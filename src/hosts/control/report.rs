@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde_json::Value;
 
-use crate::engine::manager::{self, Manager};
+use crate::engine::manager::{self, Manager, Options};
 use crate::engine::meta::generation::NONE;
 use crate::engine::peer::state::DiskState;
 use crate::engine::volume::VolumeGeometry;
@@ -61,13 +61,9 @@ pub fn volume<H: Host>(facts: Facts<'_>, manager: &Manager<H>, cx: &H) -> Volume
             extents: state.al_extents * facts.cores as u32,
             used: facts.active_extents,
         }),
-        options: OptionsReport {
-            ping_interval_ms: options.ping_interval_ms as u32,
-            ping_timeout_ms: options.ping_timeout_ms as u32,
-            connect_interval_ms: options.connect_interval_ms as u32,
-            resync_rate_mb: (options.resync_rate_bytes >> 20) as u32,
-        },
+        options: options_report(options),
         peers: state.peers.iter().map(peer).collect(),
+        last_error: None,
     }
 }
 
@@ -82,7 +78,18 @@ pub fn answer(reports: &[VolumeReport], name: Option<&str>) -> Result<Value, Rpc
     }
 }
 
-fn generation(generation: u64) -> String {
+/// Options as set.
+pub fn options_report(options: Options) -> OptionsReport {
+    OptionsReport {
+        ping_interval_ms: options.ping_interval_ms as u32,
+        ping_timeout_ms: options.ping_timeout_ms as u32,
+        connect_interval_ms: options.connect_interval_ms as u32,
+        resync_rate_mb: (options.resync_rate_bytes >> 20) as u32,
+    }
+}
+
+/// As 16 hexadecimal digits.
+pub fn generation(generation: u64) -> String {
     format!("{generation:016x}")
 }
 

@@ -284,7 +284,7 @@ unsafe extern "C" fn write_config_json(
         .and_then(|core| core.look(|state| state.node.is_first_bdev(volume, Registered(own))));
     if is_first == Some(true) {
         // SAFETY: SPDK's writer, inside an array.
-        unsafe { rpc::write_config(volume, w) };
+        unsafe { rpc::write_config(|state| node::config(state, volume), w) };
     }
 }
 

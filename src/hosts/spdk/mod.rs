@@ -8,6 +8,7 @@
 mod access;
 mod ana;
 pub mod app;
+mod awaited;
 mod backing;
 mod bdev;
 mod connect;

@@ -4,8 +4,8 @@
 use std::cell::UnsafeCell;
 use std::ffi::c_int;
 
-use super::core::{self, manager_core};
-use super::{bdev, ending, lifecycle, link, log, opening, rpc, sys, trace};
+use super::core::{self, Event, manager_core};
+use super::{awaited, bdev, ending, lifecycle, link, log, opening, rpc, sys, trace};
 use crate::hosts::control::endpoint::endpoint_name;
 use crate::rpc::Reply;
 
@@ -34,6 +34,7 @@ const fn module() -> sys::spdk_bdev_module {
     module.async_fini_start = true;
     module.module_fini = Some(module_fini);
     module.async_fini = true;
+    module.config_json = Some(config_json);
     module.get_ctx_size = Some(get_ctx_size);
     module.examine_config = Some(examine_config);
     module.examine_disk = Some(examine_disk);
@@ -71,6 +72,7 @@ unsafe extern "C" fn fini_start() {
     }
     match manager_core() {
         Some(core) => core.send(|state| {
+            state.node.awaited.volumes.clear();
             state.node.frozen.is_ending = true;
             lifecycle::shutdown(state, Box::new(|_| done()));
         }),
@@ -94,13 +96,23 @@ unsafe extern "C" fn get_ctx_size() -> c_int {
     bdev::io_context_bytes() as c_int
 }
 
-/// An endpoint of ours is for peers only: with a claim nobody else looks at what is on it.
+/// Volumes that have no bdev yet: what has one writes itself.
+unsafe extern "C" fn config_json(w: *mut sys::spdk_json_write_ctx) -> c_int {
+    // SAFETY: SPDK's writer, inside an array.
+    unsafe { rpc::write_config(|state| state.node.awaited.volumes.calls(), w) };
+    0
+}
+
+/// An endpoint of ours is for peers only, and what a volume waits for is its own: with a claim nobody else looks at what
+/// is on it.
 unsafe extern "C" fn examine_config(bdev: *mut sys::spdk_bdev) {
     // SAFETY: SPDK's bdev, during the call.
     unsafe {
         let own = std::ptr::eq((*bdev).module, get()) && is_endpoint(bdev);
         if own || link::is_endpoint_of_peer(&sys::text(sys::spdk_bdev_get_name(bdev))) {
             sys::spdk_bdev_module_claim_bdev(bdev, std::ptr::null_mut(), get());
+        } else if let Some(core) = manager_core() {
+            core.enter(Event::Job(Box::new(awaited::appeared)));
         }
         sys::spdk_bdev_module_examine_done(get());
     }
@@ -130,7 +142,11 @@ unsafe extern "C" fn examine_disk(bdev: *mut sys::spdk_bdev) {
         unsafe { sys::spdk_bdev_module_examine_done(get()) };
     });
     match manager_core() {
-        Some(core) if !is_ours && !is_claimed => core.send(move |state| {
+        // By us: nobody else is asked to examine what somebody has claimed.
+        Some(core) if is_claimed => core.send(move |state| {
+            awaited::when_made(state, name, reply);
+        }),
+        Some(core) if !is_ours => core.send(move |state| {
             opening::examine(state, &name, reply);
         }),
         _ => reply.ok(true),

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::awaited::Awaited;
 use super::backing::Backing;
 use super::bdev::Registered;
 use super::core::{Job, State, all};
@@ -21,10 +22,13 @@ use crate::engine::MAX_PEERS;
 use crate::engine::manager::Order;
 use crate::engine::message::{OrderId, OrderOutcome};
 use crate::engine::volume::VolumeGeometry;
+use crate::hosts::control::awaited::Turn;
 use crate::hosts::control::order::{self, Asked};
 use crate::hosts::control::report::{self, Facts};
 use crate::hosts::control::{config as saved, refusal};
-use crate::rpc::volume::{CreateVolume, PeerTransport, SetOptions, VolumeRequest, no_volume};
+use crate::rpc::volume::{
+    CreateVolume, PeerTransport, SetOptions, VolumeReport, VolumeRequest, no_volume,
+};
 use crate::rpc::{Reply, RpcError};
 
 /// Node ids are 0 to 7.
@@ -38,6 +42,7 @@ pub struct Node {
     /// Tried again with each round of the poller.
     pub deferred: Vec<Job>,
     pub exporter: Exporter,
+    pub awaited: Awaited,
     pub frozen: Frozen,
     /// When paths to peers are looked at next.
     pub next_path_ns: u64,
@@ -178,6 +183,14 @@ impl Control {
 
 /// Carries out a call of a volume method, on core 0.
 pub fn request(state: &mut State, request: VolumeRequest, reply: Reply) {
+    let request = match state.node.awaited.volumes.request(request) {
+        Turn::Other(request) => request,
+        Turn::Answered(answer) => return reply.answer(answer),
+        Turn::Later(request) => {
+            let again = move |state: &mut State| self::request(state, request, reply);
+            return state.node.deferred.push(Box::new(again));
+        }
+    };
     let (name, order) = match order::ask(request) {
         Asked::Order(name, order) => (name, order),
         Asked::AddPeer(name, order, transport) => {
@@ -263,7 +276,7 @@ pub fn ordered(state: &mut State, volume: u32, id: OrderId, outcome: OrderOutcom
 }
 
 fn get_volumes(state: &State, name: Option<&str>) -> Result<Value, RpcError> {
-    let mut reports = Vec::new();
+    let mut reports: Vec<VolumeReport> = Vec::new();
     for control in &state.node.controls {
         if name.is_some_and(|name| name != control.create.name) {
             continue;
@@ -278,6 +291,11 @@ fn get_volumes(state: &State, name: Option<&str>) -> Result<Value, RpcError> {
             reports.push(report::volume(control.facts(), manager, &this.context));
         }
     }
+    let awaited = state.node.awaited.volumes.reports(name);
+    // While it is being made, a volume may be there already.
+    let is_shown = |own: &VolumeReport| reports.iter().any(|report| report.name == own.name);
+    let awaited: Vec<_> = awaited.filter(|own| !is_shown(own)).collect();
+    reports.extend(awaited);
     report::answer(&reports, name)
 }
 
@@ -314,6 +332,10 @@ pub fn config(state: &State, volume: u32) -> Vec<VolumeRequest> {
     let Some(manager) = &this.manager else {
         return Vec::new();
     };
+    if state.node.awaited.volumes.has(&control.create.name) {
+        // It is saved with those that wait until it has all that it was asked for.
+        return Vec::new();
+    }
     let mut create = control.create.clone();
     if endpoint::listens_at(&control.uuid, create.node_id).is_some() {
         // The target's own part of the configuration has it.

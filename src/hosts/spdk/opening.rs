@@ -3,13 +3,14 @@
 
 use std::ffi::c_void;
 
+use super::awaited::bdev_named;
 use super::backing::{self, Backing, Disk, Flush};
 use super::context::{Action, Context};
 use super::core::State;
 use super::lifecycle::{start, start_attach};
-use super::node::Pending;
+use super::node::{Control, Pending};
 use super::volume::{InFlight, InFlightKind, token_of};
-use super::{io, sys};
+use super::{awaited, io};
 use crate::engine::open::{Goal, OpenError, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::host::{Completion, Data, DiskIo, DiskOp, IoStatus, Token};
@@ -81,18 +82,27 @@ pub fn create(state: &mut State, create: CreateVolume, reply: Reply) {
         state.node.openings.iter().any(
             |opening| matches!(&opening.purpose, Purpose::Create(other) if other.name == name),
         );
-    if is_being_made || has_bdev(&name) {
+    if is_being_made || bdev_named(&name).is_some() {
         return reply.fail(refusal::bdev_exists(&name));
+    }
+    if bdev_named(&base).is_none() {
+        return awaited::defer(state, create, reply);
     }
     open(state, &base, Purpose::Create(Box::new(create)), reply);
 }
 
-fn has_bdev(name: &str) -> bool {
-    let Ok(name) = std::ffi::CString::new(name) else {
-        return false;
-    };
-    // SAFETY: the name lives during the call, on the application's thread.
-    !unsafe { sys::spdk_bdev_get_by_name(name.as_ptr()) }.is_null()
+/// The backing bdev of a volume has appeared at last.
+pub fn create_awaited(state: &mut State, create: CreateVolume, reply: Reply) {
+    let name = &create.name;
+    let is_known = |control: &Control| control.create.name == *name;
+    if state.node.controls.iter().any(is_known) {
+        return reply.fail(refusal::volume_exists(name));
+    }
+    if bdev_named(name).is_some() {
+        return reply.fail(refusal::bdev_exists(name));
+    }
+    let base = create.base_bdev.clone().unwrap_or_default();
+    open(state, &base, Purpose::Create(Box::new(create)), reply);
 }
 
 pub fn attach(state: &mut State, name: &str, base_bdev: &str, reply: Reply) {
@@ -155,7 +165,7 @@ fn open(state: &mut State, name: &str, purpose: Purpose, reply: Reply) {
         places: Vec::new(),
         reply: Some(reply),
     });
-    go_on(state, number);
+    // The poller goes on with it: a bdev that is being examined by its name only gets no I/O yet.
 }
 
 fn goal_of(state: &mut State, purpose: &Purpose, backing: &Backing) -> Result<Goal, RpcError> {
@@ -376,6 +386,13 @@ fn found(state: &mut State, volume: u32, backing: Backing, opened: Opened, reply
             Ok(backing) => start_attach(state, volume, backing, opened, Pending::Reply(reply)),
             Err(error) => reply.fail(error),
         },
+        None if state.node.awaited.volumes.has(superblock.name.as_str()) => {
+            tracing::warn!(
+                "bdev {name} carries volume '{}', which waits for another bdev: it is left alone",
+                superblock.name.as_str()
+            );
+            reply.ok(true);
+        }
         None => match backing::open(&name) {
             Ok(backing) => {
                 let create = device::found(superblock, &name);

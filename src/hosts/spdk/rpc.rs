@@ -171,12 +171,15 @@ unsafe fn text_of(value: &sys::spdk_json_val) -> Option<String> {
     String::from_utf8(bytes.to_vec()).ok()
 }
 
-/// Writes the calls that make a volume again into a configuration that is being saved.
+/// Writes calls that make volumes again into a configuration that is being saved.
 ///
 /// # Safety
 /// `w` writes inside an array.
-pub unsafe fn write_config(volume: u32, w: *mut sys::spdk_json_write_ctx) {
-    let calls = manager_core().and_then(|core| core.look(|state| node::config(state, volume)));
+pub unsafe fn write_config(
+    calls: impl FnOnce(&mut State) -> Vec<VolumeRequest>,
+    w: *mut sys::spdk_json_write_ctx,
+) {
+    let calls = manager_core().and_then(|core| core.look(calls));
     for request in calls.unwrap_or_default() {
         let (method, params) = request.to_call();
         let text = serde_json::json!({"method": method, "params": params}).to_string();

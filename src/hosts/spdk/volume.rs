@@ -10,7 +10,7 @@ use super::backing::Disk;
 use super::bdev::{self, Port};
 use super::context::{Action, BdevIo, Context, Payload};
 use super::core::{Event, MANAGER_CORE, State};
-use super::{ana, endpoint, frozen, io, lifecycle, link, node, opening, sys};
+use super::{ana, awaited, endpoint, frozen, io, lifecycle, link, node, opening, sys};
 use crate::engine::channel::{AppIo, Channel, TOKEN_MANAGER};
 use crate::engine::manager::Manager;
 use crate::engine::message::ToManager;
@@ -337,6 +337,7 @@ fn done(state: &mut State, token: u64, outcome: Result<u32, ()>) {
 
 fn poll(state: &mut State) {
     if state.is_manager_core() {
+        awaited::poll(state);
         opening::poll(state);
         endpoint::poll(state);
         ana::poll(state);

@@ -25,7 +25,7 @@ pub struct VolumeReport {
     pub num_blocks: u64,
     /// What one bit of the bitmap stands for, in bytes.
     pub granularity: u32,
-    /// The backing bdev; null when diskless.
+    /// The backing bdev; null when diskless, unless the volume waits for it.
     pub base_bdev: Option<String>,
     /// Where the peer endpoint listens, `address:port`; null if nowhere.
     pub listen_address: Option<String>,
@@ -37,6 +37,8 @@ pub struct VolumeReport {
     pub options: OptionsReport,
     /// One entry a peer.
     pub peers: Vec<PeerReport>,
+    /// Why the volume is not made yet; null when it is.
+    pub last_error: Option<String>,
 }
 
 /// Generations, each as 16 hexadecimal digits.

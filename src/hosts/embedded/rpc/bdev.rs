@@ -13,6 +13,7 @@ use crate::hosts::embedded::bdev::{BdevId, IoStat, OperationStat};
 use crate::hosts::embedded::core::Core;
 use crate::hosts::embedded::disk::FileParameters;
 use crate::hosts::embedded::registry::{self, BdevEntry, BdevError, BdevOrigin, FileFlavour};
+use crate::hosts::embedded::volume;
 use crate::rpc::parameters::Parameters;
 use crate::rpc::{Reply, RpcError};
 
@@ -467,7 +468,15 @@ fn iostat(stat: &IoStat) -> Value {
     entry.into()
 }
 
-/// Nothing is examined in the background here: a bdev is ready when its creation is answered.
-fn bdev_wait_for_examine(_core: &mut Core, _all: Parameters, reply: Reply) {
-    reply.ok(true);
+/// A bdev is ready when its creation is answered; a volume that has waited for it takes a moment more.
+fn bdev_wait_for_examine(core: &mut Core, _all: Parameters, reply: Reply) {
+    answer_when_made(core, reply);
+}
+
+fn answer_when_made(core: &mut Core, reply: Reply) {
+    if volume::is_making(core) {
+        core.after(LOOK_INTERVAL_MS, |core| answer_when_made(core, reply));
+    } else {
+        reply.ok(true);
+    }
 }

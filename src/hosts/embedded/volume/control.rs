@@ -16,11 +16,17 @@ use super::{CoreVolume, ana, with};
 use crate::engine::manager::Order;
 use crate::engine::message::{OrderId, OrderOutcome};
 use crate::engine::volume::VolumeGeometry;
+use crate::hosts::control::awaited::Turn;
 use crate::hosts::control::order::{self, Asked};
 use crate::hosts::control::report::{self, Facts};
 use crate::hosts::control::{config as saved, refusal};
-use crate::rpc::volume::{CreateVolume, PeerTransport, SetOptions, VolumeRequest, no_volume};
+use crate::rpc::volume::{
+    CreateVolume, PeerTransport, SetOptions, VolumeReport, VolumeRequest, no_volume,
+};
 use crate::rpc::{Reply, RpcError};
+
+/// Until a request for a volume that is being made is tried again.
+const LATER_MS: u64 = 10;
 
 /// A volume as core 0 knows it.
 pub(super) struct Control {
@@ -91,6 +97,14 @@ pub(super) fn control_of<'a>(core: &'a mut Core, name: &str) -> Result<&'a mut C
 
 /// Carries out a call of a volume method, on core 0.
 pub fn request(core: &mut Core, request: VolumeRequest, reply: Reply) {
+    let request = match core.volumes.awaited.volumes.request(request) {
+        Turn::Other(request) => request,
+        Turn::Answered(answer) => return reply.answer(answer),
+        Turn::Later(request) => {
+            core.after(LATER_MS, move |core| self::request(core, request, reply));
+            return;
+        }
+    };
     let (name, order) = match order::ask(request) {
         Asked::Order(name, order) => (name, order),
         Asked::AddPeer(name, order, transport) => match transport.refuse_on_embedded() {
@@ -179,7 +193,7 @@ pub(super) fn ordered(core: &mut Core, volume: u32, id: OrderId, outcome: OrderO
 }
 
 fn get_volumes(core: &mut Core, name: Option<&str>) -> Result<Value, RpcError> {
-    let mut reports = Vec::new();
+    let mut reports: Vec<VolumeReport> = Vec::new();
     for control in &core.volumes.controls {
         if name.is_some_and(|name| name != control.create.name) {
             continue;
@@ -195,6 +209,11 @@ fn get_volumes(core: &mut Core, name: Option<&str>) -> Result<Value, RpcError> {
         };
         reports.push(report::volume(control.facts(), manager, &this.context));
     }
+    let awaited = core.volumes.awaited.volumes.reports(name);
+    // While it is being made, a volume may be there already.
+    let is_shown = |own: &VolumeReport| reports.iter().any(|report| report.name == own.name);
+    let awaited: Vec<_> = awaited.filter(|own| !is_shown(own)).collect();
+    reports.extend(awaited);
     report::answer(&reports, name)
 }
 
@@ -219,7 +238,10 @@ fn set_options(core: &mut Core, wanted: &SetOptions) -> Result<Value, RpcError> 
 /// The calls that make the volumes of this node again.
 pub fn config(core: &Core) -> Vec<VolumeRequest> {
     let mut calls = Vec::new();
-    for control in &core.volumes.controls {
+    let awaited = &core.volumes.awaited.volumes;
+    // What is being made is saved with those that wait until it has all that it was asked for.
+    let made = core.volumes.controls.iter();
+    for control in made.filter(|control| !awaited.has(&control.create.name)) {
         let this = core
             .volumes
             .volumes
@@ -236,5 +258,6 @@ pub fn config(core: &Core) -> Vec<VolumeRequest> {
             |_| PeerTransport::default(),
         ));
     }
+    calls.extend(awaited.calls());
     calls
 }

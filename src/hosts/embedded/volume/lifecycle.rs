@@ -398,6 +398,7 @@ pub(super) fn disk_closed(core: &mut Core, volume: u32) {
 
 /// Ends all volumes, then `then`.
 pub(super) fn shutdown(core: &mut Core, then: impl FnOnce(&mut Core) + 'static) {
+    core.volumes.awaited.volumes.clear();
     let next = core
         .volumes
         .controls

@@ -3,6 +3,7 @@
 //! to peers, `control` takes requests on core 0, where `opening` and `lifecycle` make and end volumes.
 
 mod ana;
+mod awaited;
 mod context;
 mod control;
 mod lifecycle;
@@ -34,8 +35,10 @@ use crate::hosts::control::endpoint::ENDPOINT_NSID;
 use crate::hosts::control::received;
 use crate::hosts::slab::{Key, Slab};
 
+pub use awaited::is_making;
 pub use control::{config, request};
 
+use awaited::Awaited;
 use context::{Action, AppHandle, Context, PeerTicket};
 use control::Control;
 use link::Links;
@@ -58,6 +61,7 @@ pub struct CoreVolumes {
     openings: Vec<Opening>,
     /// What only core 0 knows of each volume.
     controls: Vec<Control>,
+    awaited: Awaited,
     next_order: u64,
 }
 
@@ -492,6 +496,7 @@ pub fn admin_event(
 
 /// Once a round of the loop; returns whether there was work.
 pub fn poll(core: &mut Core) -> bool {
+    awaited::poll(core);
     opening::poll_openings(core);
     let now_ns = core.reactor.now_ns();
     let mut worked = false;

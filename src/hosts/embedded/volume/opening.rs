@@ -8,7 +8,7 @@ use super::super::core::Core;
 use super::context::{Action, Context};
 use super::control::{Pending, bdev_error, control_of};
 use super::lifecycle::{start, start_attach};
-use super::{disk_status, pointer};
+use super::{awaited, disk_status, pointer};
 use crate::engine::open::{Goal, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::host::{Completion, Data, DiskOp, Token};
@@ -129,6 +129,18 @@ pub(super) fn create(core: &mut Core, create: CreateVolume, reply: Reply) {
     let Some(base) = create.base_bdev.clone() else {
         return reply.fail(refusal::needs_base_bdev());
     };
+    if core.registry.find(&base).is_none() {
+        return awaited::defer(core, create, reply);
+    }
+    open_device(core, base, Purpose::Create(Box::new(create)), reply);
+}
+
+/// The backing bdev of a volume has appeared at last.
+pub(super) fn create_awaited(core: &mut Core, create: CreateVolume, reply: Reply) {
+    if core.registry.find(&create.name).is_some() {
+        return reply.fail(refusal::bdev_exists(&create.name));
+    }
+    let base = create.base_bdev.clone().unwrap_or_default();
     open_device(core, base, Purpose::Create(Box::new(create)), reply);
 }
 
