@@ -1,4 +1,4 @@
-//! The command line: `tgt`, `status`, `meta`, `demo`.
+//! The command line: `tgt`, `status`, `meta`, `demo`, `sim`.
 //! Called by `main`. Commands talk to a target by RPC only, except `tgt`, which is one.
 
 use std::process::ExitCode;
@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 pub mod demo;
 pub mod meta;
+pub mod sim;
 pub mod status;
 pub mod tgt;
 
@@ -35,6 +36,8 @@ enum Command {
     Meta(meta::MetaCommand),
     /// Replicate a file system between two nodes of this machine, through a cut link and a killed node
     Demo(demo::DemoArguments),
+    /// Run the engine in simulated worlds and look for what it does wrong
+    Sim(sim::SimArguments),
 }
 
 /// Runs the command and returns its exit code.
@@ -48,6 +51,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::run(&arguments),
         Command::Meta(command) => meta::run(command),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Sim(arguments) => sim::run(&arguments),
     }
 }
 

@@ -59,6 +59,8 @@ pub struct Config {
     pub repeat_percent: u64,
     pub ping_interval_ms: u64,
     pub ping_timeout_ms: u64,
+    /// Everything that happens goes to standard error.
+    pub trace: bool,
 }
 
 impl Default for Config {
@@ -77,6 +79,7 @@ impl Default for Config {
             repeat_percent: 0,
             ping_interval_ms: 50,
             ping_timeout_ms: 200,
+            trace: std::env::var_os("BDEV_REPL_SIM_TRACE").is_some(),
         }
     }
 }
@@ -153,7 +156,6 @@ pub struct World {
     queue: BinaryHeap<Reverse<(u64, u64, u64)>>,
     events: BTreeMap<u64, Event>,
     next_id: u64,
-    trace: bool,
     /// Events delivered.
     pub steps: u64,
     /// Bytes that resync targets were given.
@@ -188,7 +190,6 @@ impl World {
             queue: BinaryHeap::new(),
             events: BTreeMap::new(),
             next_id: 1,
-            trace: std::env::var_os("BDEV_REPL_SIM_TRACE").is_some(),
             steps: 0,
             resynced_bytes: 0,
             fenced: 0,
@@ -206,7 +207,7 @@ impl World {
     }
 
     fn note(&self, node: usize, text: impl FnOnce() -> String) {
-        if self.trace {
+        if self.config.trace {
             eprintln!("{:>14} n{node} {}", self.now_ns, text());
         }
     }
@@ -341,7 +342,7 @@ impl World {
                 placement: Placement::Front,
                 data_size_bytes: Some(self.config.volume_bytes),
                 granularity_log2: self.granularity_log2(node),
-                peer_slots: 3,
+                peer_slots: 3.max(self.config.nodes as u8 - 1),
                 channel_slots: self.config.cores as u16,
                 al_ring_blocks: 8,
             },
@@ -457,6 +458,12 @@ impl World {
         self.nodes[node].outcomes.get(&id)
     }
 
+    pub fn orders_have_ended(&self) -> bool {
+        self.orders.iter().all(|(node, incarnation, id, _)| {
+            self.nodes[*node].incarnation != *incarnation || self.outcome(*node, *id).is_some()
+        })
+    }
+
     /// Every order to an engine that still runs has ended.
     pub fn check_orders(&self) {
         for (node, incarnation, id, text) in &self.orders {
@@ -520,6 +527,11 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Over everything that has happened.
+    pub fn trace_hash(&self) -> u64 {
+        self.steps
     }
 
     pub fn state(&self, node: usize) -> VolumeState {

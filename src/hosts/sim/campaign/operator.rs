@@ -1,0 +1,180 @@
+//! The operator, as a cluster manager with fencing is: one node is the application's; another takes over only when it has
+//! everything that was acknowledged and the first is dead. Sees reports only.
+
+use crate::engine::manager::Order;
+use crate::engine::message::OrderId;
+use crate::engine::peer::state::{ConnState, DiskState};
+use crate::hosts::sim::world::World;
+
+/// A set of nodes.
+pub type Nodes = u8;
+
+/// Where the application is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lead {
+    /// Nowhere. These have everything that was acknowledged.
+    Nobody {
+        holders: Nodes,
+    },
+    Promoting {
+        node: usize,
+        incarnation: u64,
+        order: OrderId,
+        holders: Nodes,
+    },
+    Active {
+        node: usize,
+    },
+    Demoting {
+        node: usize,
+        order: OrderId,
+        next: usize,
+    },
+}
+
+/// The nodes that have what this one's application was told is written: itself if its disk is UpToDate, and the peers
+/// that it knows, rightly, to be so.
+pub fn holders(world: &World, node: usize) -> Nodes {
+    let state = world.state(node);
+    let mut holders = u8::from(state.disk == DiskState::UpToDate) << node;
+    for peer in &state.peers {
+        let other = usize::from(peer.node_id);
+        let knows = peer.conn == ConnState::Connected && peer.disk == DiskState::UpToDate;
+        if knows && is_up_to_date(world, other) {
+            holders |= 1 << other;
+        }
+    }
+    holders
+}
+
+pub fn is_up(world: &World, node: usize) -> bool {
+    world.nodes[node].engine.is_some()
+}
+
+fn is_up_to_date(world: &World, node: usize) -> bool {
+    is_up(world, node) && world.state(node).disk == DiskState::UpToDate
+}
+
+/// What this node's application would read is what one of those has: its own disk is, or is the same as, one of theirs;
+/// or it has none, and is connected with one of them.
+fn holds(world: &World, node: usize, among: Nodes) -> bool {
+    let is_holder = |node: usize| among & (1 << node) != 0 && is_up_to_date(world, node);
+    is_holder(node)
+        || (0..world.nodes.len()).any(|other| {
+            if !is_up(world, node) || !is_holder(other) {
+                return false;
+            }
+            let knows = holders(world, node) & (1 << other) != 0;
+            let is_known = holders(world, other) & (1 << node) != 0;
+            knows && (is_known || world.state(node).disk == DiskState::Diskless)
+        })
+}
+
+/// All nodes are there and say of each other that they are UpToDate.
+fn agree(world: &World) -> bool {
+    let nodes = world.nodes.len();
+    let all = (1u8 << nodes) - 1;
+    (0..nodes).all(|node| is_up(world, node) && holders(world, node) == all)
+}
+
+impl Lead {
+    /// The node that the application uses now.
+    pub fn active(&self) -> Option<usize> {
+        match *self {
+            Lead::Active { node } => Some(node),
+            _ => None,
+        }
+    }
+
+    /// Takes in how orders have ended.
+    pub fn look(&mut self, world: &mut World) {
+        match *self {
+            Lead::Promoting {
+                node,
+                incarnation,
+                order,
+                holders,
+            } => {
+                if world.nodes[node].incarnation != incarnation {
+                    // It may have begun to be Primary, and nobody else has heard of that.
+                    *self = Lead::Nobody { holders: 1 << node };
+                    return;
+                }
+                match world.outcome(node, order) {
+                    Some(Ok(())) => *self = Lead::Active { node },
+                    Some(Err(_)) => *self = Lead::Nobody { holders },
+                    None => {}
+                }
+            }
+            Lead::Demoting { node, order, next } => match world.outcome(node, order) {
+                Some(Ok(())) => {
+                    *self = Lead::Nobody {
+                        holders: holders(world, node),
+                    };
+                    self.promote(world, next);
+                }
+                Some(Err(_)) => *self = Lead::Active { node },
+                None => {}
+            },
+            Lead::Nobody { .. } | Lead::Active { .. } => {}
+        }
+    }
+
+    /// To be called before a node is shut down: what is acknowledged until the end may be there only.
+    pub fn closes(&mut self, world: &World, closing: usize) {
+        let led = *self;
+        self.stops(world, closing);
+        if led != *self {
+            let holders = holders(world, closing) & (1 << closing);
+            *self = Lead::Nobody { holders };
+        }
+    }
+
+    /// This node is about to be promoted.
+    pub fn is_promoting(&self, promoted: usize) -> bool {
+        matches!(*self, Lead::Promoting { node, .. } if node == promoted)
+    }
+
+    /// To be called before a node is stopped.
+    pub fn stops(&mut self, world: &World, stopping: usize) {
+        match *self {
+            Lead::Active { node } | Lead::Demoting { node, .. } if node == stopping => {
+                *self = Lead::Nobody {
+                    holders: holders(world, node),
+                };
+            }
+            _ => {}
+        }
+    }
+
+    /// Promotes a node that has everything.
+    pub fn promote(&mut self, world: &mut World, node: usize) {
+        let Lead::Nobody { holders } = *self else {
+            return;
+        };
+        let is_safe = match holders {
+            // The last one was diskless and on its own: what it was told is written is somewhere among all the others.
+            0 => agree(world),
+            holders => is_up(world, node) && holds(world, node, holders),
+        };
+        if !is_safe {
+            return;
+        }
+        let incarnation = world.nodes[node].incarnation;
+        let order = world.order(node, Order::Promote { force: false });
+        *self = Lead::Promoting {
+            node,
+            incarnation,
+            order,
+            holders,
+        };
+    }
+
+    /// Ends the application's use of its node, to go to another.
+    pub fn demote(&mut self, world: &mut World, next: usize) {
+        if let Lead::Active { node } = *self {
+            let order = world.order(node, Order::Demote);
+            *self = Lead::Demoting { node, order, next };
+        }
+    }
+}
