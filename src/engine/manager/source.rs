@@ -4,6 +4,7 @@
 use super::Manager;
 use super::outbox::Call;
 use super::steps::{SessionStep, Then};
+use crate::engine::MAX_PEERS;
 use crate::engine::message::Drain;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{RangesBody, SyncFinishBody};
@@ -16,8 +17,25 @@ impl<H: Host> Manager<H> {
     /// The target is Inconsistent, durably: from now on it has our generation, and its bits say what it lacks.
     pub(super) fn target_started(&mut self, cx: &mut H, slot: PeerSlot) {
         self.superblock.generations.start_sync_as_source(slot);
+        if self.has_newest_but_for_its_state(slot) {
+            self.view.disk = DiskState::UpToDate;
+            self.record_disk();
+            self.tell_all();
+        }
         let epoch = self.peers[slot].epoch;
         self.commit_superblock(cx, Then::Session(slot, epoch, SessionStep::SourceDurable));
+    }
+
+    /// What a source of resync has is the newest, so it was decided; its disk may have been attached again under a Primary,
+    /// or may have been told by one, which now is the target, that it goes on alone.
+    fn has_newest_but_for_its_state(&self, target: PeerSlot) -> bool {
+        let is_alone =
+            (0..MAX_PEERS).all(|slot| slot == target || self.peers[slot].node_id.is_none());
+        match self.view.disk {
+            DiskState::Consistent => true,
+            DiskState::Outdated => is_alone,
+            _ => false,
+        }
     }
 
     pub(super) fn source_durable(&mut self, cx: &mut H, slot: PeerSlot) {

@@ -73,3 +73,35 @@ pub fn campaign(
     findings.failures.sort_by_key(|&(seed, _)| seed);
     findings
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn what_once_failed_does_not_fail_again() {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+        let mut schedules = 0;
+        for entry in std::fs::read_dir(corpus).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let schedule = serde_json::from_str(&text).unwrap();
+            if let Err(violation) = judge(&schedule, false) {
+                panic!("{}: {violation:?}", path.display());
+            }
+            schedules += 1;
+        }
+        assert!(schedules > 0);
+    }
+
+    #[test]
+    fn a_schedule_gives_the_same_trace_every_time() {
+        for seed in 0..5 {
+            let schedule = Schedule::from_seed(seed, &Scope::default());
+            let outcomes = [(); 2].map(|()| judge(&schedule, false).unwrap());
+            assert_eq!(outcomes[0], outcomes[1], "seed {seed}");
+        }
+    }
+}
