@@ -3,21 +3,27 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::memory::Bytes;
 use super::random::Random;
 use crate::host::{DiskIo, DiskOp};
 
 const PAGE: u64 = 4096;
 const SECTOR: u64 = 512;
 
+type Page = Box<[u8; PAGE as usize]>;
+
+static ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
+
 /// Contents of a sector that are not durable, oldest first; the first is what the media has.
 type Versions = Vec<(u64, Vec<u8>)>;
 
-/// One backing device. Pages that were never written read as zeroes.
+/// One backing device.
 #[derive(Clone)]
 pub struct Disk {
     size_bytes: u64,
     volatile: bool,
-    pages: BTreeMap<u64, Box<[u8]>>,
+    /// A page that is not there reads as zeroes.
+    pages: BTreeMap<u64, Page>,
     unflushed: BTreeMap<u64, Versions>,
     /// Counts executed writes; a flush covers those that were executed before it was submitted.
     order: u64,
@@ -25,6 +31,17 @@ pub struct Disk {
     pub flushes: u64,
     /// Writes with FUA that were executed.
     pub fua_writes: u64,
+}
+
+/// The parts of a range, each within one page: the page, and the part's bytes in it.
+fn parts(bytes: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut at = bytes.start;
+    std::iter::from_fn(move || {
+        let start = at;
+        at = (start / PAGE * PAGE + PAGE).min(bytes.end);
+        let from = (start % PAGE) as usize;
+        (start < bytes.end).then(|| (start / PAGE, from..from + (at - start) as usize))
+    })
 }
 
 impl Disk {
@@ -49,33 +66,38 @@ impl Disk {
         self.order
     }
 
+    fn page(&self, page: u64) -> &[u8; PAGE as usize] {
+        self.pages.get(&page).map_or(&ZEROES, |page| page)
+    }
+
     pub fn read(&self, bytes: Range<u64>) -> Vec<u8> {
-        let mut out = vec![0; (bytes.end - bytes.start) as usize];
-        let mut at = bytes.start;
-        while at < bytes.end {
-            let end = (at / PAGE * PAGE + PAGE).min(bytes.end);
-            if let Some(page) = self.pages.get(&(at / PAGE)) {
-                let from = (at % PAGE) as usize;
-                let len = (end - at) as usize;
-                let to = (at - bytes.start) as usize;
-                out[to..to + len].copy_from_slice(&page[from..from + len]);
-            }
-            at = end;
+        let mut out = Vec::with_capacity((bytes.end - bytes.start) as usize);
+        for (page, part) in parts(bytes) {
+            out.extend_from_slice(&self.page(page)[part]);
         }
         out
     }
 
+    fn content(&self, bytes: Range<u64>) -> Bytes {
+        let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
+        if self.pages.range(pages).next().is_none() {
+            Bytes::zeroes((bytes.end - bytes.start) as usize)
+        } else {
+            Bytes::Held(self.read(bytes))
+        }
+    }
+
     /// Changes content without the engine's knowledge, durably.
     pub fn plant(&mut self, offset: u64, bytes: &[u8]) {
-        let mut at = offset;
-        for piece in bytes.chunks(SECTOR as usize) {
-            let page = self
-                .pages
-                .entry(at / PAGE)
-                .or_insert_with(|| vec![0; PAGE as usize].into());
-            let from = (at % PAGE) as usize;
-            page[from..from + piece.len()].copy_from_slice(piece);
-            at += piece.len() as u64;
+        let mut rest = bytes;
+        for (page, part) in parts(offset..offset + bytes.len() as u64) {
+            let (piece, behind) = rest.split_at(part.len());
+            rest = behind;
+            if piece == &ZEROES[..piece.len()] && !self.pages.contains_key(&page) {
+                continue;
+            }
+            let page = self.pages.entry(page).or_insert_with(|| Box::new(ZEROES));
+            page[part].copy_from_slice(piece);
         }
     }
 
@@ -83,41 +105,69 @@ impl Disk {
         self.order += 1;
         if self.volatile {
             for (index, piece) in bytes.chunks(SECTOR as usize).enumerate() {
-                let sector = offset / SECTOR + index as u64;
-                if durable {
-                    self.unflushed.remove(&sector);
-                    continue;
-                }
-                let start = sector * SECTOR;
-                let base = self.read(start..start + SECTOR);
-                let versions = self
-                    .unflushed
-                    .entry(sector)
-                    .or_insert_with(|| vec![(0, base)]);
-                versions.push((self.order, piece.to_vec()));
+                self.cache(offset / SECTOR + index as u64, piece, durable);
             }
         }
         self.plant(offset, bytes);
     }
 
+    fn write_zeroes(&mut self, bytes: Range<u64>, durable: bool) {
+        self.order += 1;
+        for (page, part) in parts(bytes) {
+            let start = page * PAGE + part.start as u64;
+            let sectors = start / SECTOR..(start + part.len() as u64) / SECTOR;
+            let is_cached = || self.unflushed.range(sectors.clone()).next().is_some();
+            if !self.pages.contains_key(&page) && !is_cached() {
+                continue;
+            }
+            if self.volatile {
+                for sector in sectors {
+                    self.cache(sector, &ZEROES[..SECTOR as usize], durable);
+                }
+            }
+            if part.len() == PAGE as usize {
+                self.pages.remove(&page);
+            } else if let Some(page) = self.pages.get_mut(&page) {
+                page[part].fill(0);
+            }
+        }
+    }
+
+    /// The cache gets another content of a sector, or the media.
+    fn cache(&mut self, sector: u64, content: &[u8], durable: bool) {
+        if durable {
+            self.unflushed.remove(&sector);
+            return;
+        }
+        let from = (sector * SECTOR % PAGE) as usize;
+        let page = self.pages.get(&(sector * SECTOR / PAGE));
+        let base = &page.map_or(&ZEROES, |page| page)[from..from + SECTOR as usize];
+        if base == content && !self.unflushed.contains_key(&sector) {
+            return;
+        }
+        let first = || vec![(0, base.to_vec())];
+        let versions = self.unflushed.entry(sector).or_insert_with(first);
+        versions.push((self.order, content.to_vec()));
+    }
+
     /// Executes an I/O; `submitted` is [`Disk::order`] at its submission. Returns what was read.
-    pub fn execute(&mut self, io: DiskIo, submitted: u64, data: &[u8]) -> Vec<u8> {
+    pub fn execute(&mut self, io: DiskIo, submitted: u64, data: &[u8]) -> Bytes {
         let bytes = io.offset..io.offset + io.len;
         assert!(
             bytes.end <= self.size_bytes && (io.offset | io.len) % SECTOR == 0,
             "{io:?} is not on the device"
         );
         match io.op {
-            DiskOp::Read => return self.read(bytes),
+            DiskOp::Read => return self.content(bytes),
             DiskOp::Write { fua } => {
                 self.fua_writes += u64::from(fua);
                 self.write(io.offset, data, fua);
             }
             DiskOp::WriteZeroes { fua } => {
                 self.fua_writes += u64::from(fua);
-                self.write(io.offset, &vec![0; io.len as usize], fua);
+                self.write_zeroes(bytes, fua);
             }
-            DiskOp::Unmap => self.write(io.offset, &vec![0; io.len as usize], false),
+            DiskOp::Unmap => self.write_zeroes(bytes, false),
             DiskOp::Flush => {
                 self.flushes += 1;
                 self.unflushed.retain(|_, versions| {
@@ -130,24 +180,32 @@ impl Disk {
                 });
             }
         }
-        Vec::new()
+        Bytes::Zeroes(0)
     }
 
     /// A write that the device was executing when its host died: done or not; with `torn`, sector by sector.
     pub fn interrupt(&mut self, io: DiskIo, data: &[u8], torn: bool, random: &mut Random) {
-        let data = match io.op {
-            DiskOp::Write { .. } => data.to_vec(),
-            DiskOp::WriteZeroes { .. } | DiskOp::Unmap => vec![0; io.len as usize],
-            DiskOp::Read | DiskOp::Flush => return,
+        let write = |disk: &mut Disk, bytes: Range<u64>| match io.op {
+            DiskOp::Write { .. } => {
+                let from = (bytes.start - io.offset) as usize;
+                let len = (bytes.end - bytes.start) as usize;
+                disk.write(bytes.start, &data[from..from + len], false);
+            }
+            DiskOp::WriteZeroes { .. } | DiskOp::Unmap => disk.write_zeroes(bytes, false),
+            DiskOp::Read | DiskOp::Flush => {}
         };
+        if matches!(io.op, DiskOp::Read | DiskOp::Flush) {
+            return;
+        }
+        let end = io.offset + io.len;
         if torn {
-            for (index, piece) in data.chunks(SECTOR as usize).enumerate() {
+            for start in (io.offset..end).step_by(SECTOR as usize) {
                 if random.chance(50) {
-                    self.write(io.offset + index as u64 * SECTOR, piece, false);
+                    write(self, start..start + SECTOR);
                 }
             }
         } else if random.chance(50) {
-            self.write(io.offset, &data, false);
+            write(self, io.offset..end);
         }
     }
 
@@ -162,24 +220,22 @@ impl Disk {
     /// The first byte at which two devices differ within a range that both have.
     pub fn first_difference(&self, other: &Disk, bytes: Range<u64>) -> Option<u64> {
         let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
-        let touched = self
-            .pages
-            .range(pages.clone())
-            .chain(other.pages.range(pages));
-        let mut numbers: Vec<u64> = touched.map(|(&page, _)| page).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        for page in numbers {
-            let range = (page * PAGE).max(bytes.start)..((page + 1) * PAGE).min(bytes.end);
-            let (mine, theirs) = (self.read(range.clone()), other.read(range.clone()));
+        let touched = self.pages.range(pages.clone()).map(|(&page, _)| page);
+        let others = other.pages.range(pages).map(|(&page, _)| page);
+        let mut first = None;
+        for page in touched.chain(others) {
+            let start = (page * PAGE).max(bytes.start);
+            let end = (page * PAGE + PAGE).min(bytes.end);
+            let part = (start - page * PAGE) as usize..(end - page * PAGE) as usize;
+            let (mine, theirs) = (&self.page(page)[part.clone()], &other.page(page)[part]);
             if mine == theirs {
                 continue;
             }
-            if let Some(at) = (0..mine.len()).find(|&at| mine[at] != theirs[at]) {
-                return Some(range.start + at as u64);
-            }
+            let at = (0..mine.len()).find(|&at| mine[at] != theirs[at]);
+            let at = at.map(|at| start + at as u64);
+            first = [first, at].into_iter().flatten().min();
         }
-        None
+        first
     }
 }
 

@@ -35,6 +35,8 @@ impl Default for Block {
 #[derive(Default)]
 pub struct Ledger {
     blocks: BTreeMap<u64, Block>,
+    /// Blocks of which a power loss may bring back something that is not possible without one.
+    volatile: BTreeSet<u64>,
     acknowledged: u64,
     submissions: u64,
 }
@@ -73,6 +75,7 @@ impl Ledger {
             block.unflushed.insert(id);
             block.pending.insert(id);
             block.submitted.push((self.submissions, id));
+            self.volatile.insert(lba);
         }
     }
 
@@ -111,11 +114,16 @@ impl Ledger {
     }
 
     pub fn flushed(&mut self, mark: u64) {
-        for block in self.blocks.values_mut() {
-            if block.pending.is_empty() && block.acknowledged_at <= mark {
+        self.volatile.retain(|lba| {
+            let Some(block) = self.blocks.get_mut(lba) else {
+                return false;
+            };
+            let is_covered = block.pending.is_empty() && block.acknowledged_at <= mark;
+            if is_covered {
                 block.unflushed = block.possible.clone();
             }
-        }
+            !is_covered
+        });
     }
 
     /// Volatile caches are gone.

@@ -9,6 +9,7 @@ pub mod disk;
 pub mod ledger;
 pub mod link;
 pub mod memory;
+pub mod minute;
 pub mod node;
 pub mod random;
 pub mod record;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::disk::Disk;
 use super::link::{Link, LinkState, PeerIo};
-use super::memory::{Buffer, Payload};
+use super::memory::{Buffer, Bytes, Payload};
 use super::random::Random;
 use crate::engine::MAX_PEERS;
 use crate::engine::channel::Channel;
@@ -81,11 +81,11 @@ impl Host for Core {
 
     fn buffer(&mut self, len: usize) -> Option<Buffer> {
         assert!(len > 0 && len % 4096 == 0, "a buffer of {len} bytes");
-        (!self.is_scarce()).then(|| Buffer(vec![0xaa; len]))
+        (!self.is_scarce()).then(|| Buffer(Bytes::fresh(len)))
     }
 
     fn read_payload(&self, payload: &Payload) -> Vec<u8> {
-        payload.bytes().clone()
+        payload.bytes().to_vec()
     }
 
     fn disk(&mut self, token: Token, io: DiskIo, data: Data<Self>) -> Result<(), Data<Self>> {

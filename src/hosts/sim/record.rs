@@ -99,7 +99,7 @@ impl World {
                 _ => {
                     let bytes = match data {
                         Data::Payload(memory) => memory.bytes()[..io.len as usize].to_vec(),
-                        Data::Buffer(buffer) => buffer.0[..io.len as usize].to_vec(),
+                        Data::Buffer(buffer) => buffer.as_ref()[..io.len as usize].to_vec(),
                         Data::None => vec![0; io.len as usize],
                     };
                     world.carried(node, token, io.offset, bytes)

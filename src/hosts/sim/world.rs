@@ -6,6 +6,7 @@ mod deliver;
 mod faults;
 mod polls;
 mod repeat;
+mod trace;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -14,12 +15,11 @@ use std::sync::Arc;
 use super::disk::Disk;
 use super::ledger::{Ledger, ReadMark};
 use super::link::Transit;
-use super::memory::Payload;
+use super::memory::{Bytes, Payload};
 use super::node::{Core, Engine, MANAGER, Node};
 use super::random::Random;
 use super::record::Recorded;
 use crate::engine::channel::Channel;
-use crate::engine::duplicates::DuplicateWindow;
 use crate::engine::manager::{Manager, Options, Order, PeerReport, VolumeState};
 use crate::engine::message::{OrderId, OrderOutcome, ToChannel, ToManager};
 use crate::engine::meta::format::{Content, FormatParams};
@@ -74,7 +74,7 @@ impl Default for Config {
             al_extents: 8,
             in_capsule_bytes: vec![128 << 10],
             volatile_caches: false,
-            command_window: DuplicateWindow::DEFAULT_CAPACITY,
+            command_window: 4096,
             scarcity_percent: 0,
             repeat_percent: 0,
             ping_interval_ms: 50,
@@ -115,7 +115,7 @@ pub(super) enum What {
         link: u64,
         command: u64,
         answer: PeerAnswer,
-        data: Option<Vec<u8>>,
+        data: Option<Bytes>,
     },
     Submit(u64),
 }
@@ -153,9 +153,12 @@ pub struct World {
     pub apps: BTreeMap<u64, AppWork>,
     /// Commands between two nodes that stopped on the way, in order.
     blocked: BTreeMap<(usize, usize), Vec<Event>>,
-    queue: BinaryHeap<Reverse<(u64, u64, u64)>>,
-    events: BTreeMap<u64, Event>,
+    /// Time, chance, a number that makes them unique, and the event's place.
+    queue: BinaryHeap<Reverse<(u64, u64, u64, usize)>>,
+    events: Vec<Option<Event>>,
+    free_events: Vec<usize>,
     next_id: u64,
+    trace_hash: trace::TraceHash,
     /// Events delivered.
     pub steps: u64,
     /// Bytes that resync targets were given.
@@ -188,8 +191,10 @@ impl World {
             apps: BTreeMap::new(),
             blocked: BTreeMap::new(),
             queue: BinaryHeap::new(),
-            events: BTreeMap::new(),
+            events: Vec::new(),
+            free_events: Vec::new(),
             next_id: 1,
+            trace_hash: trace::TraceHash::default(),
             steps: 0,
             resynced_bytes: 0,
             fenced: 0,
@@ -214,8 +219,12 @@ impl World {
 
     fn schedule(&mut self, at_ns: u64, event: Event) {
         let (id, chance) = (self.id(), self.random.number());
-        self.queue.push(Reverse((at_ns, chance, id)));
-        self.events.insert(id, event);
+        let place = self.free_events.pop().unwrap_or_else(|| {
+            self.events.push(None);
+            self.events.len() - 1
+        });
+        self.events[place] = Some(event);
+        self.queue.push(Reverse((at_ns, chance, id, place)));
     }
 
     fn schedule_here(&mut self, node: usize, delay_ns: u64, what: What) {
@@ -230,12 +239,14 @@ impl World {
 
     /// Delivers the next event.
     pub fn step(&mut self) {
-        let Some(Reverse((at_ns, _, id))) = self.queue.pop() else {
+        let Some(Reverse((at_ns, _, _, place))) = self.queue.pop() else {
             panic!("nothing will ever happen again");
         };
         self.now_ns = self.now_ns.max(at_ns);
         self.steps += 1;
-        if let Some(event) = self.events.remove(&id) {
+        self.free_events.push(place);
+        if let Some(event) = self.events[place].take() {
+            self.hash_event(&event);
             self.deliver(event);
         }
     }
@@ -527,11 +538,6 @@ impl World {
                 }
             }
         }
-    }
-
-    /// Over everything that has happened.
-    pub fn trace_hash(&self) -> u64 {
-        self.steps
     }
 
     pub fn state(&self, node: usize) -> VolumeState {

@@ -180,9 +180,9 @@ fn open(disk: &mut Disk, goal: Goal) -> Result<Opened, OpenError> {
         let len = io.len as usize;
         match &mut data {
             Data::Buffer(buffer) if io.op == DiskOp::Read => {
-                buffer.0[..len].copy_from_slice(&disk.execute(io, 0, &[]));
+                buffer.0.put(disk.execute(io, 0, &[]));
             }
-            Data::Buffer(buffer) => drop(disk.execute(io, 0, &buffer.0[..len])),
+            Data::Buffer(buffer) => drop(disk.execute(io, 0, &buffer.as_ref()[..len])),
             _ => drop(disk.execute(io, 0, &[])),
         }
         let completion = Completion {

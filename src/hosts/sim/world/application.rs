@@ -5,7 +5,7 @@ use crate::engine::channel::AppIo;
 use crate::engine::request::RequestKind;
 use crate::host::AppStatus;
 use crate::hosts::sim::ledger::content;
-use crate::hosts::sim::memory::Payload;
+use crate::hosts::sim::memory::{Bytes, Payload};
 
 use super::AppWork;
 
@@ -22,12 +22,14 @@ impl World {
         let id = self.id();
         let block = self.config.block_size as usize;
         let memory = match kind {
-            RequestKind::Write { .. } => Some(
-                (lba..lba + u64::from(blocks))
-                    .flat_map(|lba| content(id, lba, block))
-                    .collect(),
-            ),
-            RequestKind::Read => Some(vec![0xee; blocks as usize * block]),
+            RequestKind::Write { .. } => {
+                let mut bytes = Vec::with_capacity(blocks as usize * block);
+                for lba in lba..lba + u64::from(blocks) {
+                    bytes.extend_from_slice(&content(id, lba, block));
+                }
+                Some(Bytes::Held(bytes))
+            }
+            RequestKind::Read => Some(Bytes::fresh(blocks as usize * block)),
             _ => None,
         };
         if let Some(written) = written(id, kind) {
@@ -102,8 +104,8 @@ impl World {
             RequestKind::Flush => self.ledger.flushed(mark),
             RequestKind::Read | RequestKind::ResyncRead => {
                 let block = self.config.block_size as usize;
-                let bytes = memory.unwrap_or_default();
-                for (index, bytes) in bytes.chunks(block).enumerate() {
+                let memory = memory.unwrap_or(Bytes::Zeroes(0));
+                for (index, bytes) in memory.bytes().chunks(block).enumerate() {
                     if !self.checks_content {
                         break;
                     }

@@ -6,7 +6,7 @@ use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::{DataDirection, PeerCommand, data_direction, opcode};
 use crate::host::{Completion, Data, DiskIo, DiskOp, IoStatus, PeerAddress, Token};
 use crate::hosts::sim::link::{LinkState, Outstanding, PeerIo, Transit};
-use crate::hosts::sim::memory::Payload;
+use crate::hosts::sim::memory::{Bytes, Payload};
 use crate::hosts::sim::node::{Action, Core, DiskWork};
 use crate::hosts::sim::record::Recorded;
 
@@ -76,6 +76,7 @@ impl World {
     }
 
     pub(super) fn act(&mut self, node: usize, place: usize, action: Action) {
+        self.hash_action(node, place, &action);
         let core = if place == MANAGER { 0 } else { place };
         match action {
             Action::Disk(token, io, data) => self.start_disk(node, core, token, io, data),
@@ -94,7 +95,7 @@ impl World {
                 let sent = match (&data, data_direction(opcode)) {
                     (_, DataDirection::ControllerToHost) | (Data::None, _) => Vec::new(),
                     (Data::Payload(memory), _) => memory.bytes()[part].to_vec(),
-                    (Data::Buffer(buffer), _) => buffer.0[part].to_vec(),
+                    (Data::Buffer(buffer), _) => buffer.as_ref()[part].to_vec(),
                 };
                 self.record_sent(node, core, token, opcode, &words, data_len as u32);
                 let incarnation = self.nodes[node].incarnation;
@@ -239,7 +240,7 @@ impl World {
                 disk.execute(work.io, work.submitted, &memory.bytes()[..len])
             }
             (DiskOp::Write { .. }, Data::Buffer(buffer)) => {
-                disk.execute(work.io, work.submitted, &buffer.0[..len])
+                disk.execute(work.io, work.submitted, &buffer.as_ref()[..len])
             }
             (DiskOp::Write { .. }, Data::None) => panic!("a write without data"),
             _ => disk.execute(work.io, work.submitted, &[]),
@@ -247,8 +248,8 @@ impl World {
         self.record(node, |_| Some(Recorded::Done { id }));
         if work.io.op == DiskOp::Read {
             match &mut work.data {
-                Data::Payload(memory) => memory.write(&read),
-                Data::Buffer(buffer) => buffer.0[..len].copy_from_slice(&read),
+                Data::Payload(memory) => memory.put(read),
+                Data::Buffer(buffer) => buffer.0.put(read),
                 Data::None => panic!("a read without memory"),
             }
         }
@@ -284,7 +285,7 @@ impl World {
         outstanding: Outstanding,
         status: IoStatus,
         answer: PeerAnswer,
-        data: Option<Vec<u8>>,
+        data: Option<Bytes>,
     ) {
         let Outstanding {
             core,
@@ -296,9 +297,9 @@ impl World {
             Some(Recorded::Ended { core, token, ok })
         });
         match (&mut own, data) {
-            (Data::Payload(memory), Some(bytes)) => memory.write(&bytes),
+            (Data::Payload(memory), Some(content)) => memory.put(content),
             (Data::Payload(memory), None) => drop(memory.bytes()),
-            (Data::Buffer(buffer), Some(bytes)) => buffer.0[..bytes.len()].copy_from_slice(&bytes),
+            (Data::Buffer(buffer), Some(content)) => buffer.0.put(content),
             _ => {}
         }
         let completion = Completion {
@@ -343,10 +344,10 @@ impl World {
         });
         let payload = match data_direction(op) {
             DataDirection::HostToController => {
-                Some(Payload::new(std::mem::take(&mut transit.data)))
+                Some(Payload::new(Bytes::Held(std::mem::take(&mut transit.data))))
             }
             DataDirection::ControllerToHost => {
-                let room = Payload::new(vec![0; transit.data_len as usize]);
+                let room = Payload::new(Bytes::zeroes(transit.data_len as usize));
                 transit.io.response = Some(room.clone());
                 Some(room)
             }
@@ -371,7 +372,7 @@ impl World {
             _ => None,
         };
         if op == opcode::RESYNC_READ {
-            self.resynced_bytes += data.as_ref().map_or(0, |data| data.len() as u64);
+            self.resynced_bytes += data.as_ref().map_or(0, |data| data.bytes().len() as u64);
         }
         if io.answer_lost {
             return;

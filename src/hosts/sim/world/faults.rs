@@ -105,8 +105,8 @@ impl World {
         }
         for (_, work) in std::mem::take(&mut stopped.disk_work) {
             let data = match &work.data {
-                Data::Payload(memory) => memory.bytes().clone(),
-                Data::Buffer(buffer) => buffer.0.clone(),
+                Data::Payload(memory) => memory.bytes().to_vec(),
+                Data::Buffer(buffer) => buffer.as_ref().to_vec(),
                 Data::None => Vec::new(),
             };
             let len = data.len().min(work.io.len as usize);
