@@ -237,3 +237,34 @@ fn a_disk_whose_writes_fail_is_detached_and_the_peer_goes_on() {
     stage.in_sync();
     end(stage, A);
 }
+
+#[test]
+fn a_volume_goes_on_when_its_backing_bdev_grows_and_it_is_said_what_that_means() {
+    let _alone = alone();
+    let mut stage = paired(ONE_CORE_EACH);
+    let load = stage.load(A, WHOLE);
+    stage.let_write(200);
+    let path = stage.cluster.nodes[A].settings().backing.clone();
+    let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+    let bytes = file.metadata().unwrap().len();
+    file.set_len(bytes + MIB).unwrap();
+    call(&mut stage, A, "bdev_aio_rescan", json!({"name": BASE_BDEV}));
+    stage.let_write(200);
+    let report = load.stop();
+    assert!(report.error.is_none(), "{:?}", report.error);
+    assert!(log(&stage, A).contains("backing bdev disk0 has grown from"));
+    let size = call(&mut stage, A, "bdev_get_bdevs", json!({"name": VOLUME}));
+    let blocks = size[0]["num_blocks"].as_u64().unwrap();
+    assert_eq!(
+        blocks * size[0]["block_size"].as_u64().unwrap(),
+        SIZE_MB * MIB
+    );
+    // It is found again on a bdev of its former size.
+    stop(&mut stage, A);
+    file.set_len(bytes).unwrap();
+    stage.cluster.start(A, &Value::Null).unwrap();
+    stage.in_sync();
+    stage.promote(A);
+    stage.read_back(A, WHOLE);
+    end(stage, A);
+}

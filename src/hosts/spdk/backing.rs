@@ -63,9 +63,12 @@ unsafe extern "C" fn event(
             }
         }
         sys::SPDK_BDEV_EVENT_RESIZE => {
-            tracing::warn!(
-                "backing bdev {name} has another size now; the volume on it keeps its own"
-            );
+            // SPDK makes no bdev smaller that is open.
+            // SAFETY: as above.
+            let blocks = unsafe { sys::spdk_bdev_get_num_blocks(bdev) };
+            if let Some(core) = manager_core() {
+                core.send(move |state| lifecycle::backing_grew(state, &name, blocks));
+            }
         }
         _ => {}
     }

@@ -401,6 +401,21 @@ pub fn backing_removed(state: &mut State, name: &str) {
     }
 }
 
+/// A bdev has become larger under its volume, which goes on with what it has.
+pub fn backing_grew(state: &mut State, name: &str, blocks: u64) {
+    let controls = state.node.controls.iter();
+    let mut backed = controls.filter_map(|control| Some((control, control.backing.as_ref()?)));
+    if let Some((control, own)) = backed.find(|(_, own)| own.name == name) {
+        tracing::warn!(
+            "backing bdev {name} has grown from {} to {blocks} blocks: volume '{}' goes on with its own size, but a volume is \
+             found again only on a bdev of the size that it was made on; before this node starts again, give the bdev \
+             its former size back, or make this replica anew (bdev_repl_delete, then bdev_repl_create with force)",
+            own.blocks,
+            control.create.name
+        );
+    }
+}
+
 /// Ends volumes, one after the other, then `then`. An error leaves a volume as a crash would. A volume with something
 /// built on it serves on: SPDK takes bdevs away from the top, and it is not prepared for another order by now.
 pub fn shutdown(state: &mut State, then: Job) {
