@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::stage::{A, B, MIB, Stage};
 use crate::targets::{
     FAULTY, ONE_CORE_EACH, TWO_CORES_EACH, call, delete, end, inject, is_diskless, log,
-    paired_with_a_faulty_disk, stop, wait,
+    paired_over, paired_with_a_faulty_disk, stop, wait,
 };
 use crate::tools::alone;
 
@@ -113,6 +113,58 @@ fn a_target_ends_whose_hosts_wait_for_a_disk_that_does_not_answer() {
         stop(&mut stage, A);
         was_reset_soon(&stage, began);
         assert!(load.join().error.is_some());
+        stop(&mut stage, B);
+    }
+}
+
+/// A disk below the volume of node A that answers as late as it is told to.
+const LATE: &str = "late0";
+
+fn delay(stage: &mut Stage, latency: Duration) {
+    for kind in ["avg_write", "p99_write"] {
+        let latency_us = latency.as_micros() as u64;
+        let params =
+            json!({"delay_bdev_name": LATE, "latency_type": kind, "latency_us": latency_us});
+        call(stage, A, "bdev_delay_update_latency", params);
+    }
+}
+
+#[test]
+fn volumes_and_targets_end_over_a_disk_that_answers_late() {
+    let _alone = alone();
+    for (latency, is_reset) in [(500, false), (600_000, true)] {
+        let params = json!({
+            "base_bdev_name": BASE_BDEV, "name": LATE, "uuid": "6f2a7f0c-3c52-4c2e-9d0b-5f8a3a1e00ef",
+            "avg_read_latency": 0, "p99_read_latency": 0, "avg_write_latency": 0, "p99_write_latency": 0,
+        });
+        let mut stage = paired_over(ONE_CORE_EACH, SIZE_MB, "bdev_delay_create", params, LATE);
+        for is_deleted in [true, false] {
+            let load = stage.load(A, WHOLE);
+            stage.let_write(200);
+            delay(&mut stage, Duration::from_millis(latency));
+            if !is_reset {
+                stage.let_write(8);
+            }
+            let began = Instant::now();
+            if is_deleted {
+                delete(&mut stage, A);
+            } else {
+                stop(&mut stage, A);
+            }
+            assert!(began.elapsed() < SOON, "it took {:?}", began.elapsed());
+            assert_eq!(log(&stage, A).contains("it is reset"), is_reset);
+            assert!(load.join().error.is_some());
+            if is_deleted {
+                delay(&mut stage, Duration::ZERO);
+                let more = json!({"base_bdev": LATE});
+                stage.cluster.create(A, &more).unwrap();
+                stage.cluster.add_peer(A).unwrap();
+                stage.cluster.export(A).unwrap();
+                stage.in_sync();
+                stage.promote(A);
+                stage.read_back(A, WHOLE);
+            }
+        }
         stop(&mut stage, B);
     }
 }

@@ -245,7 +245,7 @@ fn a_volume_goes_on_when_its_backing_bdev_grows_and_it_is_said_what_that_means()
     let load = stage.load(A, WHOLE);
     stage.let_write(200);
     let path = stage.cluster.nodes[A].settings().backing.clone();
-    let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
     let bytes = file.metadata().unwrap().len();
     file.set_len(bytes + MIB).unwrap();
     call(&mut stage, A, "bdev_aio_rescan", json!({"name": BASE_BDEV}));

@@ -122,15 +122,26 @@ pub fn inject(stage: &mut Stage, io_type: &str, error_type: &str, times: u32) {
     call(stage, A, "bdev_error_inject_error", params);
 }
 
-/// Two targets with a volume each, connected; A is Primary.
+/// Two targets with a volume each, connected; A is Primary, and its disk can fail.
 pub fn paired_with_a_faulty_disk(core_masks: [&str; 2], size_mb: u64) -> Stage {
+    let uuid = "6f2a7f0c-3c52-4c2e-9d0b-5f8a3a1e00ee";
+    let params = json!({"base_name": BASE_BDEV, "uuid": uuid});
+    paired_over(core_masks, size_mb, "bdev_error_create", params, FAULTY)
+}
+
+/// The same over a bdev of this name, which node A gets by this call.
+pub fn paired_over(
+    core_masks: [&str; 2],
+    size_mb: u64,
+    method: &str,
+    params: Value,
+    bdev: &str,
+) -> Stage {
     let mut stage = targets(core_masks, size_mb, Value::Null);
-    for (index, base) in [(A, FAULTY), (B, BASE_BDEV)] {
+    for (index, base) in [(A, bdev), (B, BASE_BDEV)] {
         stage.cluster.nodes[index].start().unwrap();
         if index == A {
-            let uuid = "6f2a7f0c-3c52-4c2e-9d0b-5f8a3a1e00ee";
-            let params = json!({"base_name": BASE_BDEV, "uuid": uuid});
-            call(&mut stage, A, "bdev_error_create", params);
+            call(&mut stage, A, method, params.clone());
         }
         let more = json!({"assume_clean": true, "base_bdev": base});
         stage.cluster.create(index, &more).unwrap();
