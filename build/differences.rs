@@ -3,11 +3,10 @@
 
 /// Names that the source may ask for by `#[cfg]`. Each is set where its condition holds for the SPDK that was found.
 pub const CFGS: &[&str] = &[
-    "spdk_memory_domain_types",
     "spdk_bdev_flag_bits",
     "spdk_multipath_names",
     "spdk_multipath_opts",
-    "spdk_nvme_cmd_dwords",
+    "spdk_nvmf_subsystem_opts",
     "spdk_subsystems",
     "spdk_trace_sections",
     "spdk_with_vfio_user",
@@ -17,10 +16,6 @@ pub const CFGS: &[&str] = &[
 /// The condition of each of [`CFGS`].
 pub fn holds(name: &str, bindings: &Bindings) -> bool {
     match name {
-        "spdk_memory_domain_types" => {
-            bindings.has_field("spdk_bdev_fn_table", "get_memory_domain_types")
-                && bindings.has_function("spdk_bdev_get_memory_domain_types")
-        }
         "spdk_bdev_flag_bits" => !bindings.has_field("spdk_bdev", "md_interleave"),
         "spdk_multipath_names" => {
             bindings.has_constant("SPDK_BDEV_NVME_MULTIPATH_POLICY_ACTIVE_ACTIVE")
@@ -28,7 +23,7 @@ pub fn holds(name: &str, bindings: &Bindings) -> bool {
         "spdk_multipath_opts" => {
             bindings.has_field("spdk_bdev_nvme_ctrlr_opts", "multipath_policy")
         }
-        "spdk_nvme_cmd_dwords" => bindings.has_field("spdk_nvme_cmd", "cdw2"),
+        "spdk_nvmf_subsystem_opts" => bindings.has_function("spdk_nvmf_subsystem_create_ext"),
         "spdk_subsystems" => bindings.has_function("spdk_add_subsystem"),
         "spdk_trace_sections" => bindings.has_field("spdk_trace_file", "section_offsets"),
         "spdk_with_vfio_user" => bindings.has_constant("SPDK_CONFIG_VFIO_USER"),

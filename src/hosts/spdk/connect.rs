@@ -53,17 +53,6 @@ impl Ticket {
     }
 }
 
-/// Copies a text into an array of C, with its end; false if it is too long.
-fn copy_text(to: &mut [c_char], text: &str) -> bool {
-    if text.len() >= to.len() {
-        return false;
-    }
-    for (to, from) in to.iter_mut().zip(text.bytes().chain([0])) {
-        *to = from as c_char;
-    }
-    true
-}
-
 /// Starts to connect a path.
 ///
 /// # Errors
@@ -82,11 +71,11 @@ pub fn connect(path: &Path<'_>) -> Result<(), String> {
     } else {
         sys::SPDK_NVMF_ADRFAM_IPV4
     };
-    let fits = copy_text(&mut trid.trstring, "TCP")
-        && copy_text(&mut trid.traddr, &address.traddr)
-        && copy_text(&mut trid.trsvcid, &address.trsvcid.to_string())
-        && copy_text(&mut trid.subnqn, &endpoint_nqn(&path.uuid, other))
-        && copy_text(&mut driver.hostnqn, &endpoint_nqn(&path.uuid, own));
+    let fits = sys::set_text(&mut trid.trstring, "TCP")
+        && sys::set_text(&mut trid.traddr, &address.traddr)
+        && sys::set_text(&mut trid.trsvcid, &address.trsvcid.to_string())
+        && sys::set_text(&mut trid.subnqn, &endpoint_nqn(&path.uuid, other))
+        && sys::set_text(&mut driver.hostnqn, &endpoint_nqn(&path.uuid, own));
     if !fits {
         return Err(format!("{} is no address", address.traddr));
     }

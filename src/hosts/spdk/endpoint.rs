@@ -174,9 +174,7 @@ fn trid_of(address: Address) -> sys::spdk_nvme_transport_id {
         (&mut trid.trsvcid[..], address.trsvcid.to_string()),
     ];
     for (to, from) in texts {
-        for (to, from) in to.iter_mut().zip(from.bytes()) {
-            *to = from as _;
-        }
+        sys::set_text(to, &from);
     }
     trid
 }
@@ -224,11 +222,7 @@ fn make(state: &mut State, volume: u32, wanted: Listen, then: Outcome) {
     let nqn = endpoint_nqn(&volume_uuid, node_id);
     let name = endpoint_name(&control.create.name);
     let uuid = endpoint_uuid(&control.uuid, node_id);
-    let (Ok(nqn_text), Ok(name_text), Ok(model)) = (
-        CString::new(nqn.clone()),
-        CString::new(name),
-        CString::new(ENDPOINT_MODEL),
-    ) else {
+    let (Ok(nqn_text), Ok(name_text)) = (CString::new(nqn.clone()), CString::new(name)) else {
         return then(
             state,
             Err(RpcError::invalid("the name has a zero byte".to_owned())),
@@ -241,16 +235,11 @@ fn make(state: &mut State, volume: u32, wanted: Listen, then: Outcome) {
     }
     // SAFETY: the texts live during the calls, which copy them.
     let made = unsafe {
-        let subsystem = sys::spdk_nvmf_subsystem_create(
-            target,
-            nqn_text.as_ptr(),
-            sys::SPDK_NVMF_SUBTYPE_NVME,
-            ENDPOINT_NSID,
-        );
+        let subsystem =
+            sys::nvmf_subsystem_create(target, &nqn_text, ENDPOINT_NSID, ENDPOINT_MODEL);
         if subsystem.is_null() {
             Err(RpcError::exists(format!("subsystem {nqn} exists already")))
         } else {
-            sys::spdk_nvmf_subsystem_set_mn(subsystem, model.as_ptr());
             let mut options = sys::nvmf_ns_opts();
             options.nsid = ENDPOINT_NSID;
             options.uuid = sys::uuid_from(&uuid);

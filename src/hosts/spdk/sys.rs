@@ -15,8 +15,8 @@ mod bindings {
     include!(concat!(env!("OUT_DIR"), "/spdk_bindings.rs"));
 }
 
-use std::ffi::{c_int, c_void};
-use std::mem::{MaybeUninit, offset_of, size_of};
+use std::ffi::{CStr, c_char};
+use std::mem::{MaybeUninit, size_of};
 
 pub use bindings::*;
 
@@ -38,24 +38,6 @@ pub fn app_opts() -> spdk_app_opts {
     unsafe { filled(|opts, size| spdk_app_opts_init(opts, size)) }
 }
 
-/// Options of a read or write: nothing but its size is set.
-pub fn bdev_ext_io_opts() -> spdk_bdev_ext_io_opts {
-    // SAFETY: numbers and pointers only.
-    unsafe { filled(|opts: *mut spdk_bdev_ext_io_opts, size| (*opts).size = size) }
-}
-
-/// Options of a claim.
-pub fn bdev_claim_opts() -> spdk_bdev_claim_opts {
-    // SAFETY: numbers and characters only.
-    unsafe { filled(|opts, size| spdk_bdev_claim_opts_init(opts, size)) }
-}
-
-/// Options of opening a bdev.
-pub fn bdev_open_opts() -> spdk_bdev_open_opts {
-    // SAFETY: numbers and flags only.
-    unsafe { filled(|opts, size| spdk_bdev_open_opts_init(opts, size)) }
-}
-
 /// Options of an NVMe controller as the driver wants them.
 pub fn nvme_ctrlr_opts() -> spdk_nvme_ctrlr_opts {
     // SAFETY: numbers, flags, characters and pointers only.
@@ -74,6 +56,38 @@ pub fn nvmf_ns_opts() -> spdk_nvmf_ns_opts {
     unsafe { filled(|opts, size| spdk_nvmf_ns_opts_get_defaults(opts, size)) }
 }
 
+/// Makes a subsystem for I/O that has a model name and room for this many namespaces; null if there is one of this name.
+///
+/// # Safety
+/// On the application's thread, with a target that lives.
+pub unsafe fn nvmf_subsystem_create(
+    target: *mut spdk_nvmf_tgt,
+    nqn: &CStr,
+    max_namespaces: u32,
+    model: &str,
+) -> *mut spdk_nvmf_subsystem {
+    const KIND: spdk_nvmf_subtype = SPDK_NVMF_SUBTYPE_NVME;
+    // SAFETY: the caller's word; options are numbers, flags and characters only, and what is passed is copied.
+    #[cfg(spdk_nvmf_subsystem_opts)]
+    unsafe {
+        let mut opts: spdk_nvmf_subsystem_opts =
+            filled(|opts, size| spdk_nvmf_subsystem_opts_init(KIND, opts, size));
+        opts.__bindgen_anon_1.max_namespaces = max_namespaces;
+        set_text(&mut opts.mn, model);
+        spdk_nvmf_subsystem_create_ext(target, nqn.as_ptr(), KIND, &raw const opts)
+    }
+    // SAFETY: as above.
+    #[cfg(not(spdk_nvmf_subsystem_opts))]
+    unsafe {
+        let subsystem = spdk_nvmf_subsystem_create(target, nqn.as_ptr(), KIND, max_namespaces);
+        let model = std::ffi::CString::new(model).unwrap_or_default();
+        if !subsystem.is_null() {
+            spdk_nvmf_subsystem_set_mn(subsystem, model.as_ptr());
+        }
+        subsystem
+    }
+}
+
 /// Options of a listener of the NVMe-oF target.
 pub fn nvmf_listen_opts() -> spdk_nvmf_listen_opts {
     // SAFETY: numbers, flags and pointers only.
@@ -84,95 +98,6 @@ pub fn nvmf_listen_opts() -> spdk_nvmf_listen_opts {
 pub fn nvmf_listener_opts() -> spdk_nvmf_listener_opts {
     // SAFETY: numbers, flags and pointers only.
     unsafe { filled(|opts, size| spdk_nvmf_subsystem_listener_opts_init(opts, size)) }
-}
-
-/// The request of which this is the module's context (the reverse of [`bdev_io_context`]).
-///
-/// # Safety
-///
-/// `context` is the context of a request that has not been completed.
-#[inline]
-pub unsafe fn bdev_io_from_context<T>(context: *mut T) -> *mut spdk_bdev_io {
-    // SAFETY: the context is a part of the request.
-    unsafe {
-        context
-            .byte_sub(offset_of!(spdk_bdev_io, driver_ctx))
-            .cast()
-    }
-}
-
-/// The module's own part of a request, as long as its `get_ctx_size` says.
-///
-/// # Safety
-///
-/// `io` has not been completed, and the module asked for room for a `T`.
-#[inline]
-pub unsafe fn bdev_io_context<T>(io: *mut spdk_bdev_io) -> *mut T {
-    // SAFETY: the context is a part of the request.
-    unsafe { (&raw mut (*io).driver_ctx).cast() }
-}
-
-/// The context of a channel, as its io_device's create function got it.
-///
-/// # Safety
-///
-/// `channel` is a reference that has not been put, and its io_device was registered with room for a `T`.
-#[inline]
-pub unsafe fn io_channel_context<T>(channel: *mut spdk_io_channel) -> *mut T {
-    // SAFETY: SPDK allocates the context behind the channel.
-    unsafe {
-        channel
-            .byte_add(SPDK_IO_CHANNEL_STRUCT_SIZE as usize)
-            .cast()
-    }
-}
-
-/// Calls a function on a thread: now, if this is it, else by message.
-///
-/// # Safety
-///
-/// `thread` lives, and `function` may be called there with `context`.
-pub unsafe fn thread_exec(
-    thread: *mut spdk_thread,
-    function: unsafe extern "C" fn(*mut c_void),
-    context: *mut c_void,
-) -> c_int {
-    // SAFETY: as the caller promises.
-    unsafe {
-        if spdk_get_thread() == thread {
-            function(context);
-            return 0;
-        }
-        spdk_thread_send_msg(thread, Some(function), context)
-    }
-}
-
-/// True unless the command succeeded.
-#[inline]
-pub fn nvme_status_is_error(status: &spdk_nvme_status) -> bool {
-    status.sct() != 0 || status.sc() != 0
-}
-
-/// Dwords 2 and 3 of a command, which vendor commands use.
-#[inline]
-pub fn nvme_command_dwords_2_and_3(command: &spdk_nvme_cmd) -> [u32; 2] {
-    #[cfg(spdk_nvme_cmd_dwords)]
-    return [command.cdw2, command.cdw3];
-    #[cfg(not(spdk_nvme_cmd_dwords))]
-    return [command.rsvd2, command.rsvd3];
-}
-
-/// Sets dwords 2 and 3 of a command.
-#[inline]
-pub fn nvme_command_set_dwords_2_and_3(command: &mut spdk_nvme_cmd, dwords: [u32; 2]) {
-    #[cfg(spdk_nvme_cmd_dwords)]
-    {
-        [command.cdw2, command.cdw3] = dwords;
-    }
-    #[cfg(not(spdk_nvme_cmd_dwords))]
-    {
-        [command.rsvd2, command.rsvd3] = dwords;
-    }
 }
 
 /// What a bdev says of itself in flags: bits since 26.01, fields of their own before.
@@ -307,14 +232,25 @@ pub fn uuid_of(uuid: &spdk_uuid) -> uuid::Uuid {
 ///
 /// # Safety
 /// `text` is null, or ends with a zero.
-pub unsafe fn text(text: *const std::ffi::c_char) -> String {
+pub unsafe fn text(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
     }
     // SAFETY: the caller's word.
-    unsafe { std::ffi::CStr::from_ptr(text) }
+    unsafe { CStr::from_ptr(text) }
         .to_string_lossy()
         .into_owned()
+}
+
+/// Puts a text into an array of C, with its end; false if it is too long.
+pub fn set_text(to: &mut [c_char], text: &str) -> bool {
+    if text.len() >= to.len() {
+        return false;
+    }
+    for (to, from) in to.iter_mut().zip(text.bytes().chain([0])) {
+        *to = from as c_char;
+    }
+    true
 }
 
 /// The module that has claimed a bdev for itself alone; null if none has.
@@ -336,26 +272,16 @@ pub unsafe fn claiming_module(bdev: *const spdk_bdev) -> *mut spdk_bdev_module {
 mod tests {
     use super::*;
 
-    /// SPDK's own function is the reverse.
     #[test]
-    fn the_context_of_a_channel_is_where_spdk_looks_for_it() {
-        let mut memory = [0u64; 64];
-        let channel: *mut spdk_io_channel = memory.as_mut_ptr().cast();
-        // SAFETY: only addresses within the memory are computed.
-        let found = unsafe { spdk_io_channel_from_ctx(io_channel_context::<c_void>(channel)) };
-        assert_eq!(found, channel);
-    }
-
-    #[test]
-    fn the_context_of_a_request_leads_back_to_it() {
-        let mut io = MaybeUninit::<[spdk_bdev_io; 2]>::zeroed();
-        let io: *mut spdk_bdev_io = io.as_mut_ptr().cast();
-        // SAFETY: only addresses within the memory are computed.
-        unsafe {
-            let context = bdev_io_context::<u64>(io);
-            assert!(context.is_aligned());
-            assert_eq!(bdev_io_from_context(context), io);
-        }
+    fn a_text_is_put_with_its_end_or_not_at_all() {
+        let mut array = [1; 4];
+        assert!(set_text(&mut array, "ab"));
+        // SAFETY: it has an end.
+        assert_eq!(unsafe { text(array.as_ptr()) }, "ab");
+        assert!(set_text(&mut array, "abc"));
+        assert!(!set_text(&mut array, "abcd"));
+        // SAFETY: as above.
+        assert_eq!(unsafe { text(array.as_ptr()) }, "abc");
     }
 
     #[test]
@@ -383,26 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn dwords_2_and_3_are_the_third_and_the_fourth_of_a_command() {
-        let mut command = spdk_nvme_cmd::default();
-        nvme_command_set_dwords_2_and_3(&mut command, [7, 9]);
-        assert_eq!(nvme_command_dwords_2_and_3(&command), [7, 9]);
-        // SAFETY: a command is sixteen words.
-        let words = unsafe { &*(&raw const command).cast::<[u32; 16]>() };
-        assert_eq!(words[2..4], [7, 9]);
-    }
-
-    #[test]
     fn options_carry_the_size_that_this_side_knows() {
-        assert_eq!(
-            { bdev_ext_io_opts().size },
-            size_of::<spdk_bdev_ext_io_opts>()
-        );
-        assert_eq!(
-            { bdev_claim_opts().opts_size },
-            size_of::<spdk_bdev_claim_opts>()
-        );
-        assert_eq!({ bdev_open_opts().size }, size_of::<spdk_bdev_open_opts>());
         assert_eq!({ app_opts().opts_size }, size_of::<spdk_app_opts>());
         assert_eq!(
             { nvmf_listen_opts().opts_size },
