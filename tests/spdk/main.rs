@@ -23,6 +23,7 @@ mod saved;
     reason = "the scenarios of the end-to-end tests use what is left over here"
 )]
 mod stage;
+mod starve;
 mod targets;
 mod tools;
 mod trace;
