@@ -35,7 +35,10 @@ const LIBRARIES: &[&str] = &[
 ];
 
 /// What SPDK's libraries stand on and do not name: their environment, which is DPDK, and libraries of the system.
-const FOUNDATIONS: &[&str] = &["spdk_env_dpdk", "spdk_syslibs"];
+const FOUNDATIONS: &[&str] = &["spdk_env_dpdk", SYSTEM_LIBRARIES];
+
+/// SPDK 25.09 has these for linking with archives only, although its shared libraries do not name them either.
+const SYSTEM_LIBRARIES: &str = "spdk_syslibs";
 
 /// What makes the command a complete application: the subsystems of spdk_tgt and, through them, all modules.
 const APPLICATION: &[&str] = &["spdk_event", "spdk_event_bdev", "spdk_event_nvmf"];
@@ -93,6 +96,7 @@ fn probe(name: &str) -> Result<Library, String> {
         .cargo_metadata(false)
         .env_metadata(true)
         .print_system_libs(true)
+        .statik(name == SYSTEM_LIBRARIES)
         .probe(name)
         .map_err(|error| match error {
             pkg_config::Error::Command { cause, .. } => format!(
