@@ -38,6 +38,8 @@ pub enum Drain {
     Disk,
     /// Application I/O that has begun; what is held stays held.
     Application,
+    /// The same, but only what was submitted up to this time.
+    ApplicationUntil(u64),
 }
 
 pub enum ToChannel<H: Host> {

@@ -165,6 +165,11 @@ impl Shared {
         }
     }
 
+    /// The sequence of this node's last write.
+    pub fn last_sequence(&self) -> u64 {
+        self.sequence.load(Ordering::Relaxed)
+    }
+
     /// The next sequence of a write of this node; with the following ones up to `count` in all.
     pub fn next_sequences(&self, count: u16) -> u64 {
         self.sequence.fetch_add(count.into(), Ordering::Relaxed) + 1

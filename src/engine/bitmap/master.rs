@@ -202,6 +202,26 @@ impl Master {
         removed
     }
 
+    /// Clears what `other`, a bitmap of as many bits, has clear.
+    pub fn retain(&mut self, other: &Master) {
+        let mut kept = Vec::new();
+        let mut from = 0;
+        while let Some(run) = other.next_run(from, u64::MAX) {
+            let mut within = run.start;
+            while let Some(mine) = self.next_run(within, u64::MAX)
+                && mine.start < run.end
+            {
+                within = mine.end.min(run.end);
+                kept.push(mine.start..within);
+            }
+            from = run.end;
+        }
+        self.clear_all();
+        for run in kept {
+            self.or_range(run);
+        }
+    }
+
     /// Sets every bit.
     pub fn set_all(&mut self) {
         self.or_range(0..self.bits);
@@ -308,6 +328,23 @@ mod tests {
 
     const PER_PAGE: u64 = BITS_PER_PAGE as u64;
     const BITS: u64 = 2 * PER_PAGE + 100;
+
+    #[test]
+    fn what_is_retained_is_set_in_both() {
+        let (mut mine, mut other) = (Master::new(BITS), Master::new(BITS));
+        for range in [3..9, 20..30, PER_PAGE - 4..PER_PAGE + 4, 2 * PER_PAGE..BITS] {
+            mine.or_range(range);
+        }
+        for range in [0..5, 7..25, PER_PAGE..BITS] {
+            other.or_range(range);
+        }
+        let both: Vec<u64> = (0..BITS)
+            .filter(|&bit| mine.test(bit) && other.test(bit))
+            .collect();
+        mine.retain(&other);
+        let kept: Vec<u64> = (0..BITS).filter(|&bit| mine.test(bit)).collect();
+        assert_eq!(kept, both);
+    }
 
     #[test]
     fn a_full_bitmap_of_1_tib_takes_no_page() {

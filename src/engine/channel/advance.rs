@@ -258,6 +258,12 @@ impl<H: Host> Channel<H> {
                     // The sender has no disk: what it writes here, that disk lacks.
                     self.miss(index, slot);
                 }
+                for other in 0..MAX_PEERS {
+                    if other != slot && self.view.peers[other].configured {
+                        // Whether that node gets it too is known to the sender only, which may die.
+                        self.miss(index, other);
+                    }
+                }
             }
         }
         if self.view.disk_is_usable()

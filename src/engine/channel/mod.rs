@@ -353,6 +353,11 @@ impl<H: Host> Channel<H> {
             Drain::Application => self.requests.iter().all(|(_, request)| {
                 request.stage == Stage::Held || !matches!(request.origin, Origin::Application(_))
             }),
+            Drain::ApplicationUntil(until_ns) => self.requests.iter().all(|(_, request)| {
+                request.stage == Stage::Held
+                    || request.started_ns > until_ns
+                    || !matches!(request.origin, Origin::Application(_))
+            }),
             Drain::Received(peer) => {
                 let current = self.view.peers[peer].recv_session;
                 self.requests.iter().all(|(_, request)| {

@@ -21,7 +21,11 @@ impl<H: Host> Manager<H> {
             .orders
             .iter()
             .filter_map(|order| self.order_due_ns(order));
-        let others = [self.pull_due_ns(), self.reattach_until_ns];
+        let others = [
+            self.pull_due_ns(),
+            self.compare_due_ns(),
+            self.reattach_until_ns,
+        ];
         peers
             .chain(orders)
             .chain(others.into_iter().flatten())

@@ -119,6 +119,7 @@ impl<H: Host> Manager<H> {
         if conn.is_sync_target() || conn == ConnState::WFBitMapT {
             self.mark_stale(slot);
             self.puller_invalidate(slot);
+            self.spread_bits(slot);
         }
     }
 
@@ -212,11 +213,13 @@ impl<H: Host> Manager<H> {
         self.superblock
             .generations
             .start_sync_as_target(body.source_generation);
+        self.inherit_generations(slot);
         self.view.disk = DiskState::Inconsistent;
         self.record_disk();
-        if let Some(peer) = &mut self.superblock.peers[slot] {
+        for peer in self.superblock.peers.iter_mut().flatten() {
             peer.full_sync = false;
         }
+        self.spread_bits(slot);
         let epoch = self.peers[slot].epoch;
         self.commit_pages(cx, Then::Nothing);
         self.commit_superblock(
@@ -243,7 +246,7 @@ impl<H: Host> Manager<H> {
         self.answer(cx, reply, PeerAnswer::Ok);
         self.start_resync_report(cx, slot);
         self.start_pull(slot);
-        self.tell_state(slot);
+        self.tell_all();
     }
 
     pub(super) fn start_resync_report(&mut self, cx: &H, slot: PeerSlot) {

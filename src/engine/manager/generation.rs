@@ -22,11 +22,27 @@ pub(super) struct Bump {
     without_own_disk: bool,
     /// Peers that have not said that they have it.
     waiting: u8,
+    /// Peers that the running round goes on without.
+    missing: u8,
+    /// Peers that every other peer with the latest data knows to be missing, since this node is Primary and since the
+    /// last such peer has joined. Counts where there are three nodes or more.
+    agreed: u8,
     /// What was asked for meanwhile: slots, and this node's disk.
     again: u8,
 }
 
 impl<H: Host> Manager<H> {
+    /// A write may complete without this peer.
+    pub(super) fn may_miss(&self, slot: PeerSlot) -> bool {
+        let agreed = !self.has_third_nodes() || self.generation.agreed & (1 << slot) != 0;
+        agreed && !self.durable.needs_bump(slot)
+    }
+
+    /// Whoever has the latest data now must be told who lacks it, before a write completes without them.
+    pub(super) fn agree_again(&mut self) {
+        self.generation.agreed = 0;
+    }
+
     /// Writes wait to complete without the peers in `slots`, or, with [`LOCAL_MASK`], without a disk here.
     pub(super) fn need_generation(&mut self, cx: &mut H, slots: u8) {
         // A disk that is still failing asks for itself when the peers know what it lacks so far.
@@ -59,7 +75,8 @@ impl<H: Host> Manager<H> {
         let needed = without_own_disk
             || (0..MAX_PEERS).any(|slot| {
                 missing & (1 << slot) != 0 && self.superblock.generations.needs_bump(slot)
-            });
+            })
+            || (self.has_third_nodes() && missing & !self.generation.agreed != 0);
         let old = self.superblock.generations.current;
         if needed {
             let new = loop {
@@ -76,6 +93,7 @@ impl<H: Host> Manager<H> {
         self.generation.local_done = false;
         self.generation.without_own_disk = without_own_disk;
         self.generation.waiting = 0;
+        self.generation.missing = missing;
         let mut missing_nodes = if without_own_disk {
             1 << self.superblock.node_id
         } else {
@@ -144,6 +162,7 @@ impl<H: Host> Manager<H> {
             return;
         }
         bump.running = false;
+        bump.agreed |= bump.missing;
         let mut again = std::mem::take(&mut bump.again);
         if !matches!(self.view.disk, DiskState::Diskless | DiskState::Failed) {
             // The disk is back: a generation without it would be its own.
@@ -156,6 +175,9 @@ impl<H: Host> Manager<H> {
             again &= !LOCAL_MASK;
         }
         self.adopt(cx, Then::Nothing);
+        if self.has_third_nodes() {
+            self.tell_all();
+        }
         if again != 0 {
             self.start_generation(cx, again & !LOCAL_MASK, again & LOCAL_MASK != 0);
         }
@@ -172,6 +194,12 @@ impl<H: Host> Manager<H> {
         let Ok(body) = NewGenerationBody::parse(body) else {
             return self.answer(cx, reply, PeerAnswer::Malformed);
         };
+        let current = self.superblock.generations.current;
+        if self.has_third_nodes() && body.new_current != current && body.previous_current != current
+        {
+            // It has other data than the Primary takes it to have.
+            return self.answer(cx, reply, PeerAnswer::Refused(0));
+        }
         let generations = &mut self.superblock.generations;
         let missing = (0..MAX_PEERS)
             .filter(|&slot| {
@@ -184,9 +212,18 @@ impl<H: Host> Manager<H> {
             generations.bump(body.new_current, missing);
             self.hello_changed(cx);
         }
+        for other in 0..MAX_PEERS {
+            if other != slot && missing & (1 << other) != 0 && self.peers[other].established {
+                // Whoever lacks what the Primary writes now has to know that.
+                self.lose_session(cx, other, "the Primary goes on without the peer");
+            }
+        }
         if missing & (1 << slot) != 0 {
             // It goes on without its disk, once every channel here sets its bits.
             self.view.peers[slot].diskless = true;
+        }
+        if self.has_third_nodes() {
+            self.tell_all();
         }
         self.commit_superblock(cx, Then::Publish(reply));
     }

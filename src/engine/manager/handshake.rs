@@ -9,7 +9,7 @@ use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::handshake::{Decision, Outcome, decide};
+use crate::engine::peer::handshake::{Decision, Outcome, RefuseReason, Rule, decide};
 use crate::engine::peer::hello::{
     self, CREDITS_MIN, Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
 };
@@ -136,6 +136,8 @@ impl<H: Host> Manager<H> {
             discard_my_data: self.peers[slot].discard_my_data,
             lost_quorum: false,
             had_session: self.peers[slot].epoch > 0,
+            sees_primary: self.sees_primary(Some(slot)),
+            is_target: self.is_target(Some(slot)),
             current_generation: generations.current,
             bitmap_generation: generations.bitmap[slot],
             history: generations.history,
@@ -252,10 +254,24 @@ impl<H: Host> Manager<H> {
         let session = session_id(mine.nonce, theirs.nonce);
         if peer.session == 0 {
             let decision = decide(&mine, &theirs);
+            if decision.outcome == Outcome::Refuse(RefuseReason::AnotherPrimary) {
+                let text = "the peer has another Primary, or is another one";
+                return self.lose_session_for(cx, slot, text);
+            }
+            if decision.outcome == Outcome::SplitBrain && self.has_third_nodes() {
+                // A third node may be the one to mend it: of these two, one may have the other's data already.
+                let text = format!("SplitBrain: {}", decision.rule);
+                return self.lose_session_for(cx, slot, &text);
+            }
             if let Some(text) = refusal(&decision) {
                 // The peer has both Hellos too: it comes to the same end.
                 return self.stand_alone(cx, slot, &text);
             }
+            if theirs.role == Role::Primary {
+                let text = "a Primary is connected, and is the source";
+                self.end_other_resyncs(cx, slot, text);
+            }
+            let peer = &mut self.peers[slot];
             peer.session = session;
             peer.decision = Some(decision);
             self.view.peers[slot].recv_session = session;
@@ -347,7 +363,9 @@ impl<H: Host> Manager<H> {
             Err(reason) => return self.stand_alone(cx, slot, &reason.to_string()),
         };
         let conn = match decision.outcome {
-            Outcome::InSync | Outcome::ConnectWithoutSync => ConnState::Connected,
+            Outcome::InSync | Outcome::ConnectWithoutSync | Outcome::Ahead | Outcome::Behind => {
+                ConnState::Connected
+            }
             Outcome::SyncSource { full } => {
                 if full {
                     self.masters[slot].set_all();
@@ -365,6 +383,8 @@ impl<H: Host> Manager<H> {
         // A source that its peers know as Consistent has the newest data all the same: so it was decided.
         let reported = if conn == ConnState::WFBitMapT {
             DiskState::UpToDate
+        } else if decision.outcome == Outcome::Ahead {
+            theirs.disk.min(DiskState::Outdated)
         } else {
             theirs.disk
         };
@@ -401,7 +421,36 @@ impl<H: Host> Manager<H> {
             // Reads of these blocks go to the peer, and that before any channel is a target.
             self.mark_stale(slot);
         }
+        self.agree_again();
+        self.compare.void(slot);
+        if decision.outcome == Outcome::Behind {
+            if decision.rule == Rule::CountedIn {
+                // What the sender went on from: others, who know nothing of ours, will recognize it.
+                self.superblock
+                    .generations
+                    .go_back(theirs.bitmap_generation);
+                self.commit_superblock(cx, Then::Nothing);
+                self.hello_changed(cx);
+            }
+            self.outdated(cx);
+        }
+        if conn == ConnState::WFBitMapT {
+            let text = "this node fetches from another one";
+            self.end_other_resyncs(cx, slot, text);
+            self.hello_changed(cx);
+        }
         self.adopt(cx, Then::Session(slot, epoch, SessionStep::Entered));
+    }
+
+    /// There is newer data than this node has, and it cannot have it yet.
+    fn outdated(&mut self, cx: &mut H) {
+        if self.view.role != Role::Primary && self.view.disk > DiskState::Outdated {
+            self.view.disk = DiskState::Outdated;
+            self.record_disk();
+            self.commit_superblock(cx, Then::Nothing);
+            self.tell_all();
+            self.hello_changed(cx);
+        }
     }
 }
 

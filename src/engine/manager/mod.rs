@@ -6,9 +6,10 @@
 //!
 //! `steps` counts channels in; `metadata` writes; `session` connects, by a `handshake`; `exchange` and `source` resync from here, `pull`
 //! to here; `generation` starts generations; `received` is what the nodes of a session tell
-//! each other, each once, which `known` sees to; `orders` are the operator's, of which `promote` has to be agreed and `demote` taken in; `report` is what they see; `due`
-//! is when it wants to be polled.
+//! each other, each once, which `known` sees to; `compare` is for three nodes and more; `orders` are the operator's, of which `promote` has to be
+//! agreed and `demote` taken in; `report` is what they see; `due` is when it wants to be polled.
 
+mod compare;
 mod demote;
 mod disk;
 mod due;
@@ -46,6 +47,7 @@ use crate::host::{ChannelId, Completion, Data, Host, PeerSlot, Token};
 pub use orders::Order;
 pub use report::{PeerReport, ResyncReport, VolumeState};
 
+use compare::Compare;
 use metadata::MetadataWriter;
 use outbox::Call;
 use peer::Peer;
@@ -107,6 +109,7 @@ pub struct Manager<H: Host> {
     steps: Steps<H>,
     metadata: MetadataWriter<H>,
     generation: generation::Bump,
+    compare: Compare,
     puller: Puller<H>,
     orders: Vec<orders::Running>,
     options: Options,
@@ -129,6 +132,8 @@ pub struct Manager<H: Host> {
     hello_count: u32,
     /// A Primary with a disk that was attached again holds I/O until a peer is there, or until then.
     reattach_until_ns: Option<u64>,
+    /// The transaction of the last promotion.
+    promotion: u64,
     closing: bool,
 }
 
@@ -151,6 +156,7 @@ impl<H: Host> Manager<H> {
             steps: Steps::new(),
             metadata: MetadataWriter::new(),
             generation: generation::Bump::default(),
+            compare: Compare::new(bits),
             puller: Puller::new(),
             orders: Vec::new(),
             options: Options::default(),
@@ -166,6 +172,7 @@ impl<H: Host> Manager<H> {
             hello_start: 0,
             hello_count: 0,
             reattach_until_ns: None,
+            promotion: 0,
             closing: false,
             superblock,
             shared,
@@ -248,6 +255,7 @@ impl<H: Host> Manager<H> {
             }
         }
         self.poll_pull(cx);
+        self.poll_compare(cx);
         self.poll_orders(cx);
         if self
             .reattach_until_ns
@@ -314,6 +322,7 @@ impl<H: Host> Manager<H> {
             Then::Fence(slot, step) => self.fence_step(cx, slot, step),
             Then::Generation(round) => self.generation_durable(cx, round),
             Then::Disk(step) => self.disk_step(cx, step),
+            Then::Compare(id, step) => self.compare_step(cx, id, step),
             Then::OrderStep(id, step) => self.order_step(cx, id, step),
         }
     }
@@ -322,7 +331,7 @@ impl<H: Host> Manager<H> {
     fn adopt(&mut self, cx: &mut H, then: Then) {
         self.view.version += 1;
         for slot in 0..MAX_PEERS {
-            self.view.peers[slot].may_miss = !self.durable.needs_bump(slot);
+            self.view.peers[slot].may_miss = self.may_miss(slot);
         }
         let view = Arc::new(self.view.clone());
         self.steps
@@ -350,6 +359,7 @@ impl<H: Host> Manager<H> {
     fn merge(&mut self, pages: Vec<(PeerSlot, crate::engine::message::HarvestedPages)>) {
         for (slot, pages) in pages {
             for (index, page) in pages {
+                self.compare.note(slot, index, &page);
                 self.masters[slot].adopt_page(index, page);
             }
         }

@@ -231,6 +231,7 @@ impl<H: Host> Manager<H> {
         if generations.current != JUST_CREATED && !self.superblock.flags.assume_clean {
             let new = from_random(cx.random());
             generations.bump(new, 0);
+            generations.bitmap[slot] = JUST_CREATED;
         }
         self.masters[slot].clear_all();
         self.masters[slot].mark_all_dirty();
@@ -429,13 +430,13 @@ impl<H: Host> Manager<H> {
         if self.view.role == Role::Primary {
             return Some(busy("this node is Primary; demote it first"));
         }
-        let source = self.view.read_source(0);
-        let (Some(slot), true) = (source, self.metadata.enabled) else {
+        if self.view.read_source(0).is_none() || !self.metadata.enabled {
             return Some(busy(
                 "no connected peer is UpToDate, so there is nothing to fetch the data from",
             ));
-        };
-        if let Some(peer) = &mut self.superblock.peers[slot] {
+        }
+        // Whoever it is fetched from in the end.
+        for peer in self.superblock.peers.iter_mut().flatten() {
             peer.full_sync = true;
         }
         self.view.disk = DiskState::Inconsistent;
@@ -464,6 +465,9 @@ impl<H: Host> Manager<H> {
         match step {
             OrderStep::PromoteDurable => {
                 self.view.role = Role::Primary;
+                self.part_with_others(cx);
+                self.promotion = id;
+                self.agree_again();
                 self.hello_changed(cx);
                 self.adopt(cx, Then::OrderStep(id, OrderStep::PromoteAdopted));
             }

@@ -33,6 +33,9 @@ pub(super) enum Call {
     Generation(u64),
     Prepare(OrderId),
     Abort,
+    /// A mark of this comparison.
+    Mark(u64),
+    Equal,
     Goodbye,
     /// More bits were found when the target asked whether it is finished; then answer this reply.
     MoreBits(Option<usize>),
@@ -119,6 +122,10 @@ impl<H: Host> Manager<H> {
             Call::Confirm(session) => return self.confirm_answered(cx, slot, session, answer),
             Call::Goodbye => return self.lose_session(cx, slot, "disconnected"),
             Call::Prepare(order) => return self.prepared(cx, slot, order, answer),
+            Call::Equal if answer != PeerAnswer::Fenced => return self.compare_told(answer),
+            Call::Mark(id) if answer != PeerAnswer::Fenced => {
+                return self.compare_marked(cx, slot, id, answer);
+            }
             _ => {}
         }
         match (call, answer) {

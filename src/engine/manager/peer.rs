@@ -65,6 +65,8 @@ pub(super) struct Peer {
     pub(super) role: Role,
     /// The peer's current generation as it last told.
     pub(super) current_generation: u64,
+    /// The generations of its bitmaps, by node id, as it last told.
+    pub(super) bitmap_generations: [u64; 8],
     pub(super) state_revision: u64,
     /// The transaction by which it is being promoted.
     pub(super) promoting: Option<u64>,
@@ -79,6 +81,8 @@ pub(super) struct Peer {
     pub(super) again: Option<(Call, u64)>,
     /// The peer's state, if it told it before we had entered the session's.
     pub(super) early_state: Option<StateBody>,
+    /// Since when a new decision is due.
+    pub(super) differs_since_ns: Option<u64>,
     pub(super) ping_sent_ns: u64,
     pub(super) ping_in_flight: bool,
     pub(super) heard_ns: u64,
@@ -110,6 +114,7 @@ impl Peer {
             established: false,
             role: Role::Unknown,
             current_generation: 0,
+            bitmap_generations: [0; 8],
             state_revision: 0,
             promoting: None,
             exchange: None,
@@ -120,6 +125,7 @@ impl Peer {
             known: KnownCommands::default(),
             again: None,
             early_state: None,
+            differs_since_ns: None,
             ping_sent_ns: 0,
             ping_in_flight: false,
             heard_ns: 0,

@@ -86,7 +86,9 @@ impl<H: Host> Manager<H> {
         PrepareBody {
             kind: ChangeKind::Promote,
             initiator: self.superblock.node_id,
+            nodes: 0,
             transaction: id,
+            generation: self.superblock.generations.current,
         }
     }
 
@@ -101,21 +103,51 @@ impl<H: Host> Manager<H> {
         let Ok(body) = PrepareBody::parse(body) else {
             return self.answer(cx, reply, PeerAnswer::Malformed);
         };
+        if body.kind == ChangeKind::Compare {
+            return self.received_mark(cx, slot, body, reply);
+        }
         let own = self.is_under_way(|work| matches!(work, Work::Promoting { .. }));
         let agreed = self.is_under_way(|work| matches!(work, Work::Committing));
         let answer = if body.kind != ChangeKind::Promote {
             PeerAnswer::Ok
         } else if self.view.role == Role::Primary
             || agreed
+            || self.sees_primary(Some(slot))
+            || self.is_ahead_of(body.generation)
             || (own && self.superblock.node_id < body.initiator)
         {
             PeerAnswer::Refused(1)
         } else {
             self.peers[slot].promoting = Some(body.transaction);
+            self.end_other_resyncs(cx, slot, "a peer is being promoted, and is the source");
+            self.hello_changed(cx);
             PeerAnswer::Ok
         };
         // Whatever the peer has told before is in every channel when it becomes Primary.
         self.adopt(cx, Then::Answer(reply, answer));
+    }
+
+    /// This node has data that one of that generation lacks.
+    fn is_ahead_of(&self, generation: u64) -> bool {
+        self.view.disk == DiskState::UpToDate
+            && self.superblock.generations.history_contains(generation)
+    }
+
+    /// The second phase of a change; a promotion has none.
+    pub(super) fn received_commit(
+        &mut self,
+        cx: &mut H,
+        slot: PeerSlot,
+        body: &[u8],
+        reply: usize,
+    ) {
+        match PrepareBody::parse(body) {
+            Ok(body) if body.kind == ChangeKind::Compare => {
+                self.received_equal(cx, slot, body, reply);
+            }
+            Ok(_) => self.answer(cx, reply, PeerAnswer::Ok),
+            Err(_) => self.answer(cx, reply, PeerAnswer::Malformed),
+        }
     }
 
     /// The promotion was given up. Only this one: a later one may have been agreed on before this arrives.

@@ -481,6 +481,7 @@ impl<H: Host> Manager<H> {
         self.superblock
             .generations
             .finish_sync_as_target(&source, slot);
+        self.inherit_generations(slot);
         self.superblock.disk = PersistedDisk::UpToDate;
         self.settle_crash(slot);
         let epoch = self.peers[slot].epoch;

@@ -34,6 +34,12 @@ impl<H: Host> Manager<H> {
         if self.view.disk == DiskState::UpToDate {
             up_to_date_nodes |= 1 << self.superblock.node_id;
         }
+        let mut bitmap_generations = [0; 8];
+        for (slot, peer) in self.peers.iter().enumerate() {
+            if let Some(node) = peer.node_id {
+                bitmap_generations[usize::from(node)] = self.superblock.generations.bitmap[slot];
+            }
+        }
         let body = StateBody {
             role: self.view.role,
             disk: self.view.disk,
@@ -46,8 +52,9 @@ impl<H: Host> Manager<H> {
             revision: self.revision,
             current_generation: self.superblock.generations.current,
             bitmap_generation: self.superblock.generations.bitmap[slot],
-            promotion_epoch: 0,
+            promotion: self.promotion,
             bits_set: self.masters[slot].count(),
+            bitmap_generations,
         };
         let sequence = self.shared.next_control_sequence(slot);
         let command = PeerCommand::StatePut {
@@ -106,7 +113,7 @@ impl<H: Host> Manager<H> {
             }
             PeerCommand::NewGeneration { .. } => self.received_generation(cx, slot, body, reply),
             PeerCommand::Prepare { .. } => self.received_prepare(cx, slot, body, reply),
-            PeerCommand::Commit { .. } => self.answer(cx, reply, PeerAnswer::Ok),
+            PeerCommand::Commit { .. } => self.received_commit(cx, slot, body, reply),
             PeerCommand::Abort { .. } => self.received_abort(cx, slot, body, reply),
             PeerCommand::Goodbye { outdate, .. } => self.received_goodbye(cx, slot, outdate, reply),
             _ => self.answer(cx, reply, PeerAnswer::Malformed),
@@ -135,12 +142,23 @@ impl<H: Host> Manager<H> {
             return;
         }
         peer.state_revision = body.revision;
+        let became_primary = body.role == Role::Primary && peer.role != Role::Primary;
+        let changed_role = peer.role != body.role;
+        if body.role == Role::Primary || peer.promoting == Some(body.promotion) {
+            peer.promoting = None;
+        }
         peer.role = body.role;
-        peer.promoting = None;
         peer.current_generation = body.current_generation;
+        peer.bitmap_generations = body.bitmap_generations;
         peer.paused_by_peer = body.resync_paused;
         if body.role == Role::Primary && self.view.role == Role::Primary {
             return self.stand_alone(cx, slot, "both nodes are Primary; demote one");
+        }
+        if became_primary {
+            self.end_other_resyncs(cx, slot, "a peer has become Primary, and is the source");
+        }
+        if changed_role {
+            self.hello_changed(cx);
         }
         let view = &mut self.view.peers[slot];
         let old = *view;

@@ -67,6 +67,7 @@ impl<H: Host> Manager<H> {
             Link::Open if peer.established => {
                 self.poll_ping(cx, slot);
                 self.poll_again(cx, slot);
+                self.poll_difference(cx, slot);
             }
             Link::Open => {
                 if now.saturating_sub(peer.heard_ns) > HANDSHAKE_TIMEOUT_NS {
@@ -111,7 +112,8 @@ impl<H: Host> Manager<H> {
                     peer.ping_sent_ns + interval_ns
                 };
                 let again_ns = peer.again.map(|(_, not_before_ns)| not_before_ns);
-                [Some(silent_ns), Some(ping_ns), again_ns]
+                let difference_ns = self.difference_due_ns(slot);
+                [Some(silent_ns), Some(ping_ns), again_ns, difference_ns]
                     .into_iter()
                     .flatten()
                     .min()
@@ -160,6 +162,7 @@ impl<H: Host> Manager<H> {
     pub(super) fn lose_session(&mut self, cx: &mut H, slot: PeerSlot, reason: &str) {
         let was_established = self.peers[slot].established;
         let had_session = self.peers[slot].session != 0;
+        let was_primary = self.peers[slot].role == Role::Primary;
         self.forget_session(cx, slot);
         if was_established || self.peers[slot].last_error.is_none() {
             self.peers[slot].last_error = Some(reason.to_owned());
@@ -173,6 +176,9 @@ impl<H: Host> Manager<H> {
             self.fence(cx, slot);
         } else {
             self.adopt(cx, Then::Nothing);
+        }
+        if was_primary {
+            self.hello_changed(cx);
         }
     }
 
@@ -199,6 +205,7 @@ impl<H: Host> Manager<H> {
         peer.known = KnownCommands::default();
         peer.again = None;
         peer.early_state = None;
+        peer.differs_since_ns = None;
         let view = &mut self.view.peers[slot];
         view.pdsk = DiskState::DUnknown;
         view.send_session = 0;
@@ -209,6 +216,7 @@ impl<H: Host> Manager<H> {
         self.stop_pull(slot);
         self.generation_lost_peer(cx, slot);
         self.order_lost_peer(cx, slot);
+        self.compare_lost_peer(cx, slot);
     }
 
     pub(super) fn fence(&mut self, cx: &mut H, slot: PeerSlot) {
@@ -235,6 +243,12 @@ impl<H: Host> Manager<H> {
                 }
             }
         }
+    }
+
+    /// The same, with a reason that is to be seen until there is a session.
+    pub(super) fn lose_session_for(&mut self, cx: &mut H, slot: PeerSlot, reason: &str) {
+        self.peers[slot].last_error = Some(reason.to_owned());
+        self.lose_session(cx, slot, reason);
     }
 
     /// Ends the connection until the operator asks for it again.
@@ -278,6 +292,7 @@ impl<H: Host> Manager<H> {
             SessionStep::SourceNoticed => self.source_noticed(cx, slot),
             SessionStep::FinishHarvested(reply) => self.finish_harvested(cx, slot, reply),
             SessionStep::FinishRecorded(reply) => self.finish_recorded(cx, slot, reply),
+            SessionStep::MarkHarvested(reply, id) => self.mark_harvested(cx, slot, reply, id),
             SessionStep::Reconciled => {
                 if self.view.disk == DiskState::Consistent {
                     self.view.disk = DiskState::UpToDate;

@@ -127,6 +127,15 @@ impl<H: Host> Manager<H> {
                     Then::Session(slot, epoch, SessionStep::FinishHarvested(reply)),
                 );
             }
+            FinishPhase::Durable if body.generation != self.superblock.generations.current => {
+                // It has everything, but is not of the generation that was started meanwhile.
+                self.answer(cx, reply, PeerAnswer::Ok);
+                self.lose_session(
+                    cx,
+                    slot,
+                    "a generation was started at the end of the resync",
+                );
+            }
             FinishPhase::Durable => {
                 self.superblock.generations.finish_sync_as_source(slot);
                 self.settle_crash(slot);
@@ -164,6 +173,7 @@ impl<H: Host> Manager<H> {
         view.pdsk = DiskState::UpToDate;
         view.serve = false;
         self.peers[slot].exchange = None;
+        self.agree_again();
         self.answer(cx, reply, PeerAnswer::Ok);
         self.adopt(cx, Then::Nothing);
         self.tell_state(slot);

@@ -23,6 +23,8 @@ pub(super) enum Then {
     /// A superblock with the generation of this round is durable.
     Generation(u64),
     Disk(DiskStep),
+    /// A step of a comparison that this node leads; void when it is over.
+    Compare(u64, CompareStep),
     OrderStep(OrderId, OrderStep),
 }
 
@@ -56,6 +58,18 @@ pub(super) enum SessionStep {
     FinishRecorded(usize),
     /// The other side's finish was missed: put right.
     Reconciled,
+    /// All bits up to the mark of a comparison are in the master; the reply, and the comparison.
+    MarkHarvested(usize, u64),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum CompareStep {
+    /// All bits are in the master.
+    Harvested,
+    /// What was under way when the marks were set has ended.
+    Drained,
+    /// And its bits are in the master.
+    Settled,
 }
 
 #[derive(Clone, Copy, Debug)]

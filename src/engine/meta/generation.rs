@@ -67,6 +67,12 @@ impl Generations {
         self.become_current(new);
     }
 
+    /// The current generation never took effect: this data is of `earlier`, one of its past.
+    pub fn go_back(&mut self, earlier: u64) {
+        self.current = earlier;
+        self.forget(earlier);
+    }
+
     /// A resync towards the peer of this slot begins: when it ends the peer has the current generation.
     pub fn start_sync_as_source(&mut self, slot: usize) {
         self.bitmap[slot] = self.current;

@@ -17,7 +17,7 @@ fn unpack_flags<const N: usize>(byte: u8) -> Option<[bool; N]> {
     (u32::from(byte) >> N == 0).then(|| std::array::from_fn(|bit| byte >> bit & 1 == 1))
 }
 
-/// What a node tells a connected peer about itself whenever it changes (StatePut). 64 bytes.
+/// What a node tells a connected peer about itself whenever it changes (StatePut). 128 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct StateBody {
     /// The sender's role.
@@ -42,19 +42,21 @@ pub struct StateBody {
     pub current_generation: u64,
     /// The generation of the bitmap that the sender keeps for the receiver, 0 for none.
     pub bitmap_generation: u64,
-    /// Count of the sender's promotions; with its node id it names a sequence of writes.
-    pub promotion_epoch: u64,
+    /// The transaction of the sender's last promotion, 0 if it knows none: a Prepare of it is settled.
+    pub promotion: u64,
     /// Bits set in the bitmap that the sender keeps for the receiver.
     pub bits_set: u64,
+    /// The generation of the bitmap that the sender keeps for each node, by node id: what it passes on to its sync target.
+    pub bitmap_generations: [u64; 8],
 }
 
 impl StateBody {
     /// Size on the wire.
-    pub const BYTES: usize = 64;
+    pub const BYTES: usize = 128;
 
     /// The body's bytes.
     pub fn emit(&self) -> [u8; Self::BYTES] {
-        FieldWriter::default()
+        let fields = FieldWriter::default()
             .u8(self.role.as_u8())
             .u8(self.disk.as_u8())
             .u8(self.conn.as_u8())
@@ -69,9 +71,12 @@ impl StateBody {
             .u64(self.revision)
             .u64(self.current_generation)
             .u64(self.bitmap_generation)
-            .u64(self.promotion_epoch)
-            .u64(self.bits_set)
-            .finish(48)
+            .u64(self.promotion)
+            .u64(self.bits_set);
+        self.bitmap_generations
+            .iter()
+            .fold(fields, |fields, &generation| fields.u64(generation))
+            .finish(112)
     }
 
     /// The body in `bytes`.
@@ -84,7 +89,7 @@ impl StateBody {
         let connected_nodes = fields.u8()?;
         let up_to_date_nodes = fields.u8()?;
         fields.zeroes::<2>("reserved")?;
-        let body = StateBody {
+        let mut body = StateBody {
             role,
             disk,
             conn,
@@ -96,9 +101,13 @@ impl StateBody {
             revision: fields.u64()?,
             current_generation: fields.u64()?,
             bitmap_generation: fields.u64()?,
-            promotion_epoch: fields.u64()?,
+            promotion: fields.u64()?,
             bits_set: fields.u64()?,
+            bitmap_generations: [0; 8],
         };
+        for generation in &mut body.bitmap_generations {
+            *generation = fields.u64()?;
+        }
         fields.zeroes::<16>("reserved")?;
         Ok(body)
     }
@@ -319,6 +328,8 @@ pub enum ChangeKind {
     Promote,
     /// The initiator becomes Secondary.
     Demote,
+    /// Nothing changes: the initiator finds out whether nodes hold the same.
+    Compare,
 }
 
 impl ChangeKind {
@@ -326,6 +337,7 @@ impl ChangeKind {
         match value {
             1 => Some(ChangeKind::Promote),
             2 => Some(ChangeKind::Demote),
+            3 => Some(ChangeKind::Compare),
             _ => None,
         }
     }
@@ -334,6 +346,7 @@ impl ChangeKind {
         match self {
             ChangeKind::Promote => 1,
             ChangeKind::Demote => 2,
+            ChangeKind::Compare => 3,
         }
     }
 }
@@ -345,8 +358,12 @@ pub struct PrepareBody {
     pub kind: ChangeKind,
     /// The node that leads it, 0 to 7.
     pub initiator: u8,
+    /// Of a Commit of [`ChangeKind::Compare`]: the nodes that hold the same.
+    pub nodes: u8,
     /// Names the change: a Commit or Abort that arrives twice, or late, finds its own Prepare or nothing.
     pub transaction: u64,
+    /// Of [`ChangeKind::Compare`]: the initiator's current generation.
+    pub generation: u64,
 }
 
 impl PrepareBody {
@@ -358,10 +375,12 @@ impl PrepareBody {
         FieldWriter::default()
             .u8(self.kind.as_u8())
             .u8(self.initiator)
-            .u16(0)
+            .u8(self.nodes)
+            .u8(0)
             .u32(0)
             .u64(self.transaction)
-            .finish(16)
+            .u64(self.generation)
+            .finish(24)
     }
 
     /// The body in `bytes`.
@@ -369,13 +388,17 @@ impl PrepareBody {
         let mut fields = FieldReader::exact("PrepareBody", bytes, Self::BYTES)?;
         let kind = fields.state("kind", ChangeKind::from_u8)?;
         let initiator = fields.state("initiator", |id| (id < 8).then_some(id))?;
-        fields.zeroes::<6>("reserved")?;
+        let nodes = fields.u8()?;
+        fields.zeroes::<5>("reserved")?;
         let transaction = fields.u64()?;
-        fields.zeroes::<16>("reserved")?;
+        let generation = fields.u64()?;
+        fields.zeroes::<8>("reserved")?;
         Ok(PrepareBody {
             kind,
             initiator,
+            nodes,
             transaction,
+            generation,
         })
     }
 }
@@ -397,22 +420,26 @@ mod tests {
             any::<[bool; 3]>(),
             any::<[u8; 2]>(),
             any::<[u64; 5]>(),
+            any::<[u64; 8]>(),
         )
-            .prop_map(|((role, disk, conn), flags, nodes, numbers)| StateBody {
-                role,
-                disk,
-                conn,
-                resync_paused: flags[0],
-                io_suspended: flags[1],
-                has_quorum: flags[2],
-                connected_nodes: nodes[0],
-                up_to_date_nodes: nodes[1],
-                revision: numbers[0],
-                current_generation: numbers[1],
-                bitmap_generation: numbers[2],
-                promotion_epoch: numbers[3],
-                bits_set: numbers[4],
-            })
+            .prop_map(
+                |((role, disk, conn), flags, nodes, numbers, bitmap_generations)| StateBody {
+                    role,
+                    disk,
+                    conn,
+                    resync_paused: flags[0],
+                    io_suspended: flags[1],
+                    has_quorum: flags[2],
+                    connected_nodes: nodes[0],
+                    up_to_date_nodes: nodes[1],
+                    revision: numbers[0],
+                    current_generation: numbers[1],
+                    bitmap_generation: numbers[2],
+                    promotion: numbers[3],
+                    bits_set: numbers[4],
+                    bitmap_generations,
+                },
+            )
     }
 
     fn range() -> impl Strategy<Value = Range> {
@@ -448,13 +475,13 @@ mod tests {
                 NewGenerationBody { new_current: a, previous_current: b, missing_nodes: nodes };
             prop_assert_eq!(NewGenerationBody::parse(&generation.emit()), Ok(generation));
             let kind = if flag { ChangeKind::Promote } else { ChangeKind::Demote };
-            let change = PrepareBody { kind, initiator: nodes % 8, transaction: c };
+            let change = PrepareBody { kind, initiator: nodes % 8, nodes, transaction: c, generation: a };
             prop_assert_eq!(PrepareBody::parse(&change.emit()), Ok(change));
         }
 
         #[test]
         fn arbitrary_bytes_never_panic_and_are_read_as_what_they_say(
-            bytes in prop::collection::vec(prop_oneof![3 => Just(0u8), 1 => any::<u8>()], 0..80),
+            bytes in prop::collection::vec(prop_oneof![3 => Just(0u8), 1 => any::<u8>()], 0..136),
         ) {
             if let Ok(body) = StateBody::parse(&bytes) {
                 prop_assert_eq!(&body.emit()[..], &bytes[..]);
@@ -533,14 +560,23 @@ mod tests {
             revision: 1,
             current_generation: 2,
             bitmap_generation: 0,
-            promotion_epoch: 1,
+            promotion: 1,
             bits_set: 0,
+            bitmap_generations: [0; 8],
         };
-        for (at, value) in [(0, 3u8), (1, 9), (2, 24), (3, 8), (6, 1), (48, 1), (63, 1)] {
+        for (at, value) in [
+            (0, 3u8),
+            (1, 9),
+            (2, 24),
+            (3, 8),
+            (6, 1),
+            (112, 1),
+            (127, 1),
+        ] {
             let mut bytes = body.emit();
             bytes[at] = value;
             assert!(StateBody::parse(&bytes).is_err(), "byte {at} = {value}");
         }
-        assert!(StateBody::parse(&body.emit()[..63]).is_err());
+        assert!(StateBody::parse(&body.emit()[..127]).is_err());
     }
 }

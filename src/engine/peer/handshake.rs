@@ -73,6 +73,9 @@ pub enum Rule {
     ByBitmap,
     /// One went on as Primary, and the other missed that for longer than a bitmap was kept for it.
     ByHistory,
+    /// A Primary died while it told a generation to others. One has it, and counts the other in: it holds nothing
+    /// that the other lacks. The other went on from the generation before.
+    CountedIn,
     /// Both went on as Primary after they lost each other: bitmap generations show the common start.
     ByBitmapBoth,
     /// Both went on as Primary, and the histories show that they once were the same.
@@ -85,7 +88,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule, in the order in which they are tried.
-    pub const ALL: [Rule; 25] = [
+    pub const ALL: [Rule; 26] = [
         Rule::SameNode,
         Rule::DisklessPrimary,
         Rule::NoDisk,
@@ -107,6 +110,7 @@ impl Rule {
         Rule::ReconcileByNodeId,
         Rule::ByBitmap,
         Rule::ByHistory,
+        Rule::CountedIn,
         Rule::ByBitmapBoth,
         Rule::ByHistoryBoth,
         Rule::SplitBrainResolved,
@@ -129,6 +133,9 @@ pub enum RefuseReason {
     /// Both would write.
     #[error("both nodes are Primary; demote one")]
     DualPrimary,
+    /// One is Primary, and the other has a session with another Primary: passes when that one is gone.
+    #[error("the other node is connected to another Primary")]
+    AnotherPrimary,
     /// The application on the Primary would see its data replaced.
     #[error("the Primary's data would be overwritten with the other node's; demote it first")]
     PrimaryWouldBeTarget,
@@ -152,8 +159,12 @@ pub enum Outcome {
         /// All blocks.
         full: bool,
     },
-    /// Connect; nobody has data that the other could take.
+    /// Connect; nobody has data that the other could take, or nobody may take it now.
     ConnectWithoutSync,
+    /// Connect; our data is newer, but it is a Primary, or the other's present source, from whom the other gets it.
+    Ahead,
+    /// Connect; our data is older, and we get the newer from somebody else, or later.
+    Behind,
     /// Both have changes of their own. Do not connect; the operator resolves it.
     SplitBrain,
     /// Never the same data. Do not connect.
@@ -168,6 +179,8 @@ impl Outcome {
         match self {
             Outcome::SyncSource { full } => Outcome::SyncTarget { full },
             Outcome::SyncTarget { full } => Outcome::SyncSource { full },
+            Outcome::Ahead => Outcome::Behind,
+            Outcome::Behind => Outcome::Ahead,
             same => same,
         }
     }
@@ -374,6 +387,14 @@ impl Pair<'_> {
         if let Some(source) = self.only_towards(remembers) {
             return self.sync_to(Rule::ByHistory, source.other(), true);
         }
+        let counts_in = |one: &Hello, other: &Hello| {
+            one.bitmap_generation == GENERATION_NONE
+                && is_past(other.bitmap_generation)
+                && one.history.contains(&other.bitmap_generation)
+        };
+        if let Some(target) = self.only_towards(counts_in) {
+            return self.sync_to(Rule::CountedIn, target, false);
+        }
         if is_past(first.bitmap_generation) && first.bitmap_generation == second.bitmap_generation {
             return self.split_brain(Rule::ByBitmapBoth, false);
         }
@@ -410,7 +431,45 @@ impl Pair<'_> {
                 ..decision
             };
         }
-        decision
+        if !decision.outcome.connects() {
+            return decision;
+        }
+        let meets_another =
+            |one: &Hello, other: &Hello| one.role == Role::Primary && other.sees_primary;
+        if meets_another(self.first, self.second) || meets_another(self.second, self.first) {
+            let outcome = Outcome::Refuse(RefuseReason::AnotherPrimary);
+            return Decision {
+                outcome,
+                ..decision
+            };
+        }
+        self.deferred(decision)
+    }
+
+    /// A node has one source at a time, and beside a Primary no other source: what that has written may be on the
+    /// target already and still on its way to the source.
+    fn deferred(&self, decision: Decision) -> Decision {
+        let Pair { first, second } = *self;
+        let has_primary = first.role == Role::Primary || second.role == Role::Primary;
+        let sees_primary = !has_primary && (first.sees_primary || second.sees_primary);
+        if !sees_primary && !first.is_target && !second.is_target {
+            return decision;
+        }
+        let same_data = first.current_generation == second.current_generation
+            && first.disk > DiskState::Outdated
+            && second.disk > DiskState::Outdated;
+        let outcome = match decision.outcome {
+            Outcome::SyncSource { .. } | Outcome::SyncTarget { .. } if same_data => {
+                Outcome::ConnectWithoutSync
+            }
+            Outcome::SyncSource { .. } => Outcome::Ahead,
+            Outcome::SyncTarget { .. } => Outcome::Behind,
+            outcome => outcome,
+        };
+        Decision {
+            outcome,
+            ..decision
+        }
     }
 
     fn sync_from(&self, rule: Rule, source: Side) -> Decision {

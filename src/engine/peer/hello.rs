@@ -8,7 +8,7 @@ use super::fields::{FieldReader, FieldWriter, LayoutError};
 use super::state::{DiskState, Role};
 
 /// First and last protocol version that this engine speaks.
-pub const PROTOCOL_VERSIONS: (u16, u16) = (1, 1);
+pub const PROTOCOL_VERSIONS: (u16, u16) = (2, 2);
 
 /// Feature bits; what both nodes offer is in force.
 pub mod feature {
@@ -75,6 +75,10 @@ pub struct Hello {
     pub lost_quorum: bool,
     /// The sender has had a session with the receiver since it attached its disk.
     pub had_session: bool,
+    /// The sender has a session with a Primary, or with a node that is about to be one, and that is not the receiver.
+    pub sees_primary: bool,
+    /// The sender fetches a resync, or is about to, from a node that is not the receiver.
+    pub is_target: bool,
     /// The sender's current generation. Of a diskless Primary: the generation of the data that its
     /// application has seen.
     pub current_generation: u64,
@@ -111,6 +115,8 @@ impl Hello {
             self.discard_my_data,
             self.lost_quorum,
             self.had_session,
+            self.sees_primary,
+            self.is_target,
         ];
         let flags = flags
             .iter()
@@ -177,7 +183,7 @@ impl Hello {
         })?;
         fields.zeroes::<1>("reserved")?;
         let flags = fields.u32()?;
-        if flags >> 6 != 0 {
+        if flags >> 8 != 0 {
             return Err(fields.bad_value("flags", u64::from(flags)));
         }
         let flag = |bit: u32| flags >> bit & 1 == 1;
@@ -255,6 +261,8 @@ impl Hello {
             discard_my_data: flag(3),
             lost_quorum: flag(4),
             had_session: flag(5),
+            sees_primary: flag(6),
+            is_target: flag(7),
             current_generation,
             bitmap_generation,
             history,

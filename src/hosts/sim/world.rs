@@ -568,7 +568,9 @@ impl World {
                     state.disk == DiskState::UpToDate
                         && !state.suspended
                         && state.peers.iter().all(|peer| {
-                            peer.conn == ConnState::Connected && peer.disk == DiskState::UpToDate
+                            peer.conn == ConnState::Connected
+                                && peer.disk == DiskState::UpToDate
+                                && (self.nodes.len() == 2 || peer.out_of_sync_bytes == 0)
                         })
                 }
             })

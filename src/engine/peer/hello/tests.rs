@@ -23,6 +23,8 @@ pub(in super::super) fn hello_of(node_id: u8, peer_node_id: u8, current_generati
         discard_my_data: false,
         lost_quorum: false,
         had_session: false,
+        sees_primary: false,
+        is_target: false,
         current_generation,
         bitmap_generation: GENERATION_NONE,
         history: [GENERATION_NONE; HISTORY_LEN],
@@ -61,7 +63,16 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
     let dirty_bits = prop_oneof![1 => Just(0u64), 1 => 1..1000u64];
     // Rare flags, so that the generations get to speak.
     let flag = || prop::bool::weighted(0.15);
-    let flags = (flag(), flag(), flag(), flag(), flag(), any::<bool>());
+    let flags = (
+        flag(),
+        flag(),
+        flag(),
+        flag(),
+        flag(),
+        any::<bool>(),
+        flag(),
+        flag(),
+    );
     let role = prop::sample::select(&Role::ALL[1..]);
     (
         role,
@@ -95,6 +106,8 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
                     discard_my_data: flags.3,
                     lost_quorum: flags.4,
                     had_session: flags.5,
+                    sees_primary: flags.6,
+                    is_target: flags.7,
                     nonce,
                     ..hello_of(node_id, peer_node_id, current)
                 }
@@ -302,11 +315,11 @@ fn nodes_that_do_not_fit_each_other_are_told_why_with_both_values() {
     let text = |theirs: Hello| reason(theirs).to_string();
     assert_eq!(
         text(Hello {
-            protocol_min: 2,
-            protocol_max: 3,
+            protocol_min: 3,
+            protocol_max: 4,
             ..theirs
         }),
-        "no common protocol version: we speak 1 to 1, the peer 2 to 3"
+        "no common protocol version: we speak 2 to 2, the peer 3 to 4"
     );
     assert!(
         text(Hello {
@@ -372,7 +385,7 @@ fn limits_are_the_smaller_and_bitmaps_the_coarser_of_both() {
     assert_eq!(
         negotiate(&mine, &theirs),
         Ok(Negotiated {
-            protocol: 1,
+            protocol: 2,
             features: feature::IO_DURING_BITMAP,
             granularity_log2: 16,
             max_transfer_bytes: 65536,

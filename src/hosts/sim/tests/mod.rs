@@ -4,6 +4,7 @@ mod basic;
 mod cluster;
 mod disk;
 mod link;
+mod many;
 mod orders;
 mod pieces;
 mod repeat;

@@ -516,6 +516,16 @@ fn by_generations() -> Vec<Case> {
             Outcome::SplitBrain,
         ),
         case(
+            "one was told a generation that counts the other in, the other went on without it",
+            Hello {
+                bitmap_generation: GENERATION_NONE,
+                ..went_on(first(), NOW, NEXT)
+            },
+            went_on(second(), NOW, OTHER),
+            Rule::CountedIn,
+            TARGET,
+        ),
+        case(
             "both went on long ago",
             far,
             far_apart,

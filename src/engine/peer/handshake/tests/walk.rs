@@ -280,7 +280,7 @@ impl World {
                     rule
                 );
             }
-            Outcome::Unrelated | Outcome::ConnectWithoutSync => {
+            Outcome::Unrelated | Outcome::ConnectWithoutSync | Outcome::Ahead | Outcome::Behind => {
                 prop_assert!(false, "{:?} by {}", outcome, rule);
             }
         }
