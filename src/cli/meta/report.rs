@@ -104,6 +104,7 @@ pub(super) fn json(inspection: &Inspection) -> Value {
         "primary": superblock.flags.primary,
         "attached": superblock.flags.attached,
         "assume_clean": superblock.flags.assume_clean,
+        "told": superblock.flags.told,
         "generations": {
             "current": hex(superblock.generations.current),
             "history": known(&superblock.generations.history),

@@ -165,6 +165,8 @@ impl<H: Host> Manager<H> {
         if !self.has_third_nodes() {
             return;
         }
+        let source = self.peers[slot].their_hello;
+        self.superblock.flags.told = source.is_some_and(|hello| hello.told);
         for other in 0..MAX_PEERS {
             if let (Some(node), true) = (self.peers[other].node_id, other != slot) {
                 self.superblock.generations.bitmap[other] =
@@ -522,7 +524,18 @@ impl<H: Host> Manager<H> {
             self.commit_pages(cx, Then::Nothing);
             self.commit_superblock(cx, Then::Nothing);
         }
-        let answer = if all {
+        if !all {
+            return self.answer(cx, reply, PeerAnswer::Refused(0));
+        }
+        let epoch = self.peers[slot].epoch;
+        let step = SessionStep::EqualHarvested(reply);
+        self.harvest(cx, Then::Session(slot, epoch, step));
+    }
+
+    /// New bits may be of writes that were on their way already when the leader began, and there may be no others that
+    /// make it begin again.
+    pub(super) fn equal_harvested(&mut self, cx: &mut H, reply: usize) {
+        let answer = if self.masters.iter().all(Master::is_empty) {
             PeerAnswer::Ok
         } else {
             PeerAnswer::Refused(0)

@@ -31,6 +31,12 @@ pub(super) struct Bump {
     again: u8,
 }
 
+impl Bump {
+    pub(super) fn is_running(&self) -> bool {
+        self.running
+    }
+}
+
 impl<H: Host> Manager<H> {
     /// A write may complete without this peer.
     pub(super) fn may_miss(&self, slot: PeerSlot) -> bool {
@@ -86,6 +92,7 @@ impl<H: Host> Manager<H> {
                 }
             };
             self.superblock.generations.bump(new, missing);
+            self.superblock.flags.told = self.has_third_nodes();
             self.hello_changed(cx);
         }
         self.generation.round += 1;
@@ -177,6 +184,9 @@ impl<H: Host> Manager<H> {
         self.adopt(cx, Then::Nothing);
         if self.has_third_nodes() {
             self.tell_all();
+            if std::mem::take(&mut self.superblock.flags.told) {
+                self.commit_superblock(cx, Then::Nothing);
+            }
         }
         if again != 0 {
             self.start_generation(cx, again & !LOCAL_MASK, again & LOCAL_MASK != 0);
@@ -210,6 +220,7 @@ impl<H: Host> Manager<H> {
             .fold(0u8, |mask, slot| mask | 1 << slot);
         if body.new_current != generations.current {
             generations.bump(body.new_current, missing);
+            self.superblock.flags.told = self.has_third_nodes();
             self.hello_changed(cx);
         }
         for other in 0..MAX_PEERS {

@@ -9,7 +9,7 @@ use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::handshake::{Decision, Outcome, RefuseReason, Rule, decide};
+use crate::engine::peer::handshake::{Decision, Outcome, Rule, decide};
 use crate::engine::peer::hello::{
     self, CREDITS_MIN, Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
 };
@@ -138,6 +138,7 @@ impl<H: Host> Manager<H> {
             had_session: self.peers[slot].epoch > 0,
             sees_primary: self.sees_primary(Some(slot)),
             is_target: self.is_target(Some(slot)),
+            told: superblock.flags.told,
             current_generation: generations.current,
             bitmap_generation: generations.bitmap[slot],
             history: generations.history,
@@ -254,13 +255,10 @@ impl<H: Host> Manager<H> {
         let session = session_id(mine.nonce, theirs.nonce);
         if peer.session == 0 {
             let decision = decide(&mine, &theirs);
-            if decision.outcome == Outcome::Refuse(RefuseReason::AnotherPrimary) {
-                let text = "the peer has another Primary, or is another one";
-                return self.lose_session_for(cx, slot, text);
-            }
-            if decision.outcome == Outcome::SplitBrain && self.has_third_nodes() {
-                // A third node may be the one to mend it: of these two, one may have the other's data already.
-                let text = format!("SplitBrain: {}", decision.rule);
+            let may_pass = matches!(decision.outcome, Outcome::SplitBrain | Outcome::Refuse(_));
+            if let (Some(text), true) = (refusal(&decision), may_pass && self.has_third_nodes()) {
+                // A third node may be the one to mend it: of these two, one may have the other's data already, or may
+                // have been Primary a moment ago.
                 return self.lose_session_for(cx, slot, &text);
             }
             if let Some(text) = refusal(&decision) {
@@ -426,9 +424,14 @@ impl<H: Host> Manager<H> {
         if decision.outcome == Outcome::Behind {
             if decision.rule == Rule::CountedIn {
                 // What the sender went on from: others, who know nothing of ours, will recognize it.
-                self.superblock
-                    .generations
-                    .go_back(theirs.bitmap_generation);
+                let kept = theirs.bitmap_generation;
+                let generations = &mut self.superblock.generations;
+                generations.go_back(if generations.history_contains(kept) {
+                    kept
+                } else {
+                    theirs.current_generation
+                });
+                self.superblock.flags.told = false;
                 self.commit_superblock(cx, Then::Nothing);
                 self.hello_changed(cx);
             }

@@ -47,6 +47,7 @@ impl<H: Host> Manager<H> {
             resync_paused: self.puller.paused,
             io_suspended: self.view.suspended,
             has_quorum: true,
+            generation_running: self.generation.is_running(),
             connected_nodes,
             up_to_date_nodes,
             revision: self.revision,
@@ -156,6 +157,14 @@ impl<H: Host> Manager<H> {
         }
         if became_primary {
             self.end_other_resyncs(cx, slot, "a peer has become Primary, and is the source");
+        }
+        if self.superblock.flags.told
+            && body.role == Role::Primary
+            && body.current_generation == self.superblock.generations.current
+            && !body.generation_running
+        {
+            self.superblock.flags.told = false;
+            self.commit_superblock(cx, Then::Nothing);
         }
         if changed_role {
             self.hello_changed(cx);

@@ -235,6 +235,10 @@ impl<H: Host> Manager<H> {
             }
             FenceStep::Drained => {
                 self.peers[slot].draining = false;
+                if self.has_third_nodes() {
+                    // The last writes of a Primary that is lost have set bits for others, with whom there is a session.
+                    self.harvest(cx, Then::Nothing);
+                }
                 self.shared.duplicates[slot].reset();
                 self.shared.resync_reads[slot].reset();
                 self.shared.served[slot].clear_all();
@@ -293,6 +297,7 @@ impl<H: Host> Manager<H> {
             SessionStep::FinishHarvested(reply) => self.finish_harvested(cx, slot, reply),
             SessionStep::FinishRecorded(reply) => self.finish_recorded(cx, slot, reply),
             SessionStep::MarkHarvested(reply, id) => self.mark_harvested(cx, slot, reply, id),
+            SessionStep::EqualHarvested(reply) => self.equal_harvested(cx, reply),
             SessionStep::Reconciled => {
                 if self.view.disk == DiskState::Consistent {
                     self.view.disk = DiskState::UpToDate;

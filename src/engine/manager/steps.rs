@@ -60,6 +60,8 @@ pub(super) enum SessionStep {
     Reconciled,
     /// All bits up to the mark of a comparison are in the master; the reply, and the comparison.
     MarkHarvested(usize, u64),
+    /// All bits are in the master after a comparison; the reply.
+    EqualHarvested(usize),
 }
 
 #[derive(Clone, Copy, Debug)]

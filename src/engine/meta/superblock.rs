@@ -52,6 +52,7 @@ const END: usize = AT_PEERS + PEER_BYTES * MAX_PEERS;
 const FLAG_PRIMARY: u32 = 1;
 const FLAG_ATTACHED: u32 = 2;
 const FLAG_ASSUME_CLEAN: u32 = 4;
+const FLAG_TOLD: u32 = 8;
 const PEER_CONFIGURED: u8 = 1;
 const PEER_FULL_SYNC: u8 = 2;
 
@@ -107,6 +108,9 @@ pub struct Flags {
     pub attached: bool,
     /// The volume was declared the same on all nodes when it was made.
     pub assume_clean: bool,
+    /// The current generation was started by this node, or told by a Primary, and it is not known yet whether all have
+    /// it who shall.
+    pub told: bool,
 }
 
 /// A peer slot that is in use.
@@ -314,7 +318,8 @@ impl Superblock {
         let flag = |set: bool, bit: u32| if set { bit } else { 0 };
         let flags = flag(self.flags.primary, FLAG_PRIMARY)
             | flag(self.flags.attached, FLAG_ATTACHED)
-            | flag(self.flags.assume_clean, FLAG_ASSUME_CLEAN);
+            | flag(self.flags.assume_clean, FLAG_ASSUME_CLEAN)
+            | flag(self.flags.told, FLAG_TOLD);
         put(&mut block, AT_FLAGS, &flags.to_le_bytes());
         put(
             &mut block,
@@ -503,13 +508,14 @@ fn parse_layout(block: &Block) -> Result<Layout, SuperblockError> {
 
 fn parse_flags(block: &Block) -> Result<Flags, SuperblockError> {
     let flags = u32_at(block, AT_FLAGS);
-    if flags & !(FLAG_PRIMARY | FLAG_ATTACHED | FLAG_ASSUME_CLEAN) != 0 {
+    if flags & !(FLAG_PRIMARY | FLAG_ATTACHED | FLAG_ASSUME_CLEAN | FLAG_TOLD) != 0 {
         return Err(SuperblockError::Flags(flags));
     }
     Ok(Flags {
         primary: flags & FLAG_PRIMARY != 0,
         attached: flags & FLAG_ATTACHED != 0,
         assume_clean: flags & FLAG_ASSUME_CLEAN != 0,
+        told: flags & FLAG_TOLD != 0,
     })
 }
 

@@ -32,6 +32,8 @@ pub struct StateBody {
     pub io_suspended: bool,
     /// The sender has quorum (true where quorum is off).
     pub has_quorum: bool,
+    /// The sender starts a generation that others do not have yet.
+    pub generation_running: bool,
     /// Nodes that the sender is connected to; bit = node id.
     pub connected_nodes: u8,
     /// Nodes that the sender knows to be UpToDate, itself included; bit = node id.
@@ -64,6 +66,7 @@ impl StateBody {
                 self.resync_paused,
                 self.io_suspended,
                 self.has_quorum,
+                self.generation_running,
             ]))
             .u8(self.connected_nodes)
             .u8(self.up_to_date_nodes)
@@ -85,7 +88,8 @@ impl StateBody {
         let role = fields.state("role", Role::from_u8)?;
         let disk = fields.state("disk", DiskState::from_u8)?;
         let conn = fields.state("conn", ConnState::from_u8)?;
-        let [resync_paused, io_suspended, has_quorum] = fields.state("flags", unpack_flags::<3>)?;
+        let [resync_paused, io_suspended, has_quorum, generation_running] =
+            fields.state("flags", unpack_flags::<4>)?;
         let connected_nodes = fields.u8()?;
         let up_to_date_nodes = fields.u8()?;
         fields.zeroes::<2>("reserved")?;
@@ -96,6 +100,7 @@ impl StateBody {
             resync_paused,
             io_suspended,
             has_quorum,
+            generation_running,
             connected_nodes,
             up_to_date_nodes,
             revision: fields.u64()?,
@@ -417,7 +422,7 @@ mod tests {
         );
         (
             state,
-            any::<[bool; 3]>(),
+            any::<[bool; 4]>(),
             any::<[u8; 2]>(),
             any::<[u64; 5]>(),
             any::<[u64; 8]>(),
@@ -430,6 +435,7 @@ mod tests {
                     resync_paused: flags[0],
                     io_suspended: flags[1],
                     has_quorum: flags[2],
+                    generation_running: flags[3],
                     connected_nodes: nodes[0],
                     up_to_date_nodes: nodes[1],
                     revision: numbers[0],
@@ -555,6 +561,7 @@ mod tests {
             resync_paused: false,
             io_suspended: false,
             has_quorum: true,
+            generation_running: false,
             connected_nodes: 3,
             up_to_date_nodes: 3,
             revision: 1,
@@ -568,7 +575,7 @@ mod tests {
             (0, 3u8),
             (1, 9),
             (2, 24),
-            (3, 8),
+            (3, 16),
             (6, 1),
             (112, 1),
             (127, 1),

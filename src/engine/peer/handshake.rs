@@ -384,11 +384,21 @@ impl Pair<'_> {
         if keeps_bits_since(first, second) && keeps_bits_since(second, first) {
             return self.split_brain(Rule::ByBitmapBoth, true);
         }
+        let counted_in_primary = |one: &Hello, other: &Hello| {
+            one.told
+                && one.bitmap_generation == GENERATION_NONE
+                && other.role == Role::Primary
+                && remembers(one, other)
+        };
+        if let Some(target) = self.only_towards(counted_in_primary) {
+            return self.sync_to(Rule::CountedIn, target, false);
+        }
         if let Some(source) = self.only_towards(remembers) {
             return self.sync_to(Rule::ByHistory, source.other(), true);
         }
         let counts_in = |one: &Hello, other: &Hello| {
-            one.bitmap_generation == GENERATION_NONE
+            one.told
+                && one.bitmap_generation == GENERATION_NONE
                 && is_past(other.bitmap_generation)
                 && one.history.contains(&other.bitmap_generation)
         };

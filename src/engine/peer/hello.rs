@@ -79,6 +79,9 @@ pub struct Hello {
     pub sees_primary: bool,
     /// The sender fetches a resync, or is about to, from a node that is not the receiver.
     pub is_target: bool,
+    /// The sender has started its current generation, or was told it by a Primary, and does not know yet whether all have
+    /// it who shall.
+    pub told: bool,
     /// The sender's current generation. Of a diskless Primary: the generation of the data that its
     /// application has seen.
     pub current_generation: u64,
@@ -117,6 +120,7 @@ impl Hello {
             self.had_session,
             self.sees_primary,
             self.is_target,
+            self.told,
         ];
         let flags = flags
             .iter()
@@ -183,7 +187,7 @@ impl Hello {
         })?;
         fields.zeroes::<1>("reserved")?;
         let flags = fields.u32()?;
-        if flags >> 8 != 0 {
+        if flags >> 9 != 0 {
             return Err(fields.bad_value("flags", u64::from(flags)));
         }
         let flag = |bit: u32| flags >> bit & 1 == 1;
@@ -263,6 +267,7 @@ impl Hello {
             had_session: flag(5),
             sees_primary: flag(6),
             is_target: flag(7),
+            told: flag(8),
             current_generation,
             bitmap_generation,
             history,

@@ -25,6 +25,7 @@ pub(in super::super) fn hello_of(node_id: u8, peer_node_id: u8, current_generati
         had_session: false,
         sees_primary: false,
         is_target: false,
+        told: false,
         current_generation,
         bitmap_generation: GENERATION_NONE,
         history: [GENERATION_NONE; HISTORY_LEN],
@@ -72,6 +73,7 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
         any::<bool>(),
         flag(),
         flag(),
+        flag(),
     );
     let role = prop::sample::select(&Role::ALL[1..]);
     (
@@ -108,6 +110,7 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
                     had_session: flags.5,
                     sees_primary: flags.6,
                     is_target: flags.7,
+                    told: flags.8,
                     nonce,
                     ..hello_of(node_id, peer_node_id, current)
                 }

@@ -519,9 +519,34 @@ fn by_generations() -> Vec<Case> {
             "one was told a generation that counts the other in, the other went on without it",
             Hello {
                 bitmap_generation: GENERATION_NONE,
+                told: true,
                 ..went_on(first(), NOW, NEXT)
             },
             went_on(second(), NOW, OTHER),
+            Rule::CountedIn,
+            TARGET,
+        ),
+        case(
+            "the same, but all were said to have it: an old copy has come back and went on",
+            Hello {
+                bitmap_generation: GENERATION_NONE,
+                ..went_on(first(), NOW, NEXT)
+            },
+            went_on(second(), NOW, OTHER),
+            Rule::ByHistoryBoth,
+            Outcome::SplitBrain,
+        ),
+        case(
+            "one was told a generation that counts the other in, and the other is Primary again and has not gone on",
+            Hello {
+                bitmap_generation: GENERATION_NONE,
+                told: true,
+                ..went_on(first(), NOW, NEXT)
+            },
+            Hello {
+                role: Role::Primary,
+                ..second()
+            },
             Rule::CountedIn,
             TARGET,
         ),
