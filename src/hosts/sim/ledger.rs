@@ -1,51 +1,34 @@
-//! What the application may read: per block, the writes of which one must be there. Knows nothing of the engine.
+//! What the application may read: the history of every block as it saw it, and what that leaves possible. Knows nothing
+//! of the engine. The world tells it of every I/O that the application submits and of every end of one.
+//!
+//! A [`register`] judges one block. Blocks with the same history are kept together, as ranges.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod register;
+
+use std::collections::BTreeMap;
+
+use register::Register;
 
 /// Number of a write; 0 is "zeroes".
 pub type WriteId = u64;
 
-#[derive(Clone, Debug)]
-struct Block {
-    /// One of these is there.
-    possible: BTreeSet<WriteId>,
-    /// Everything that a power loss may bring back.
-    unflushed: BTreeSet<WriteId>,
-    pending: BTreeSet<WriteId>,
-    /// Ended while others were pending.
-    concurrent: BTreeSet<WriteId>,
-    acknowledged_at: u64,
-    /// Every write, in the order of submission.
-    submitted: Vec<(u64, WriteId)>,
+#[derive(Clone)]
+pub struct Ledger {
+    /// By the first block; each reaches to the next one.
+    ranges: BTreeMap<u64, Register>,
+    acknowledgements: u64,
+    /// Counts what it is told.
+    now: u64,
 }
 
-impl Default for Block {
+impl Default for Ledger {
     fn default() -> Self {
         Self {
-            possible: BTreeSet::from([0]),
-            unflushed: BTreeSet::from([0]),
-            pending: BTreeSet::new(),
-            concurrent: BTreeSet::new(),
-            acknowledged_at: 0,
-            submitted: Vec::new(),
+            ranges: BTreeMap::from([(0, Register::zeroes())]),
+            acknowledgements: 0,
+            now: 0,
         }
     }
-}
-
-#[derive(Default)]
-pub struct Ledger {
-    blocks: BTreeMap<u64, Block>,
-    /// Blocks of which a power loss may bring back something that is not possible without one.
-    volatile: BTreeSet<u64>,
-    acknowledged: u64,
-    submissions: u64,
-}
-
-/// What a read may return that has begun at some moment, whatever else is written until it ends.
-#[derive(Clone, Debug, Default)]
-pub struct ReadMark {
-    submissions: u64,
-    possible: BTreeMap<u64, BTreeSet<WriteId>>,
 }
 
 /// Content of one block of a write.
@@ -67,125 +50,107 @@ pub fn identify(block: &[u8], lba: u64) -> Option<WriteId> {
 }
 
 impl Ledger {
-    pub fn submitted(&mut self, id: WriteId, lba: u64, blocks: u32) {
-        self.submissions += 1;
-        for lba in lba..lba + u64::from(blocks) {
-            let block = self.blocks.entry(lba).or_default();
-            block.possible.insert(id);
-            block.unflushed.insert(id);
-            block.pending.insert(id);
-            block.submitted.push((self.submissions, id));
-            self.volatile.insert(lba);
-        }
+    /// A write of this content begins; `io` is its number, and no other I/O's.
+    pub fn submitted(&mut self, io: u64, content: WriteId, lba: u64, blocks: u32) {
+        let now = self.tick();
+        self.each(lba, blocks, |range| range.write_begins(io, content, now));
     }
 
-    pub fn acknowledged(&mut self, id: WriteId, lba: u64, blocks: u32, fua: bool) {
-        self.acknowledged += 1;
-        for lba in lba..lba + u64::from(blocks) {
-            let block = self.blocks.entry(lba).or_default();
-            block.pending.remove(&id);
-            block.concurrent.insert(id);
-            block.acknowledged_at = self.acknowledged;
-            if block.pending.is_empty() {
-                block.possible = std::mem::take(&mut block.concurrent);
-                if fua {
-                    block.unflushed = block.possible.clone();
-                }
-            }
-        }
+    pub fn acknowledged(&mut self, io: u64, lba: u64, blocks: u32, fua: bool) {
+        let now = self.tick();
+        self.acknowledgements += 1;
+        let number = self.acknowledgements;
+        self.each(lba, blocks, |range| {
+            range.write_succeeds(io, now, number, fua)
+        });
     }
 
-    /// It failed, or its node died: it may be there or not.
-    pub fn unknown(&mut self, id: WriteId, lba: u64, blocks: u32) {
-        for lba in lba..lba + u64::from(blocks) {
-            let block = self.blocks.entry(lba).or_default();
-            block.pending.remove(&id);
-            if block.pending.is_empty() {
-                block.concurrent.clear();
-            } else {
-                block.concurrent.insert(id);
-            }
-        }
+    /// It failed, or its node died: it is there by now, or never will be.
+    pub fn unknown(&mut self, io: u64, lba: u64, blocks: u32) {
+        let now = self.tick();
+        self.each(lba, blocks, |range| range.write_ends_unknown(io, now));
     }
 
     /// What a flush that is submitted now covers.
     pub fn flush_mark(&self) -> u64 {
-        self.acknowledged
+        self.acknowledgements
     }
 
     pub fn flushed(&mut self, mark: u64) {
-        self.volatile.retain(|lba| {
-            let Some(block) = self.blocks.get_mut(lba) else {
-                return false;
-            };
-            let is_covered = block.pending.is_empty() && block.acknowledged_at <= mark;
-            if is_covered {
-                block.unflushed = block.possible.clone();
-            }
-            !is_covered
-        });
+        for range in self.ranges.values_mut() {
+            range.flushed(mark);
+        }
     }
 
-    /// Volatile caches are gone.
+    /// The content of a volatile cache is gone, and nobody else is sure to have it.
     pub fn power_lost(&mut self) {
-        for block in self.blocks.values_mut() {
-            block.possible.extend(block.unflushed.iter().copied());
+        self.tick();
+        for range in self.ranges.values_mut() {
+            range.power_lost();
         }
     }
 
-    /// A read of these blocks begins.
-    pub fn read_begins(&self, lba: u64, blocks: u32) -> ReadMark {
-        let blocks = lba..lba + u64::from(blocks);
-        ReadMark {
-            submissions: self.submissions,
-            possible: self
-                .blocks
-                .range(blocks)
-                .map(|(&lba, block)| (lba, block.possible.clone()))
-                .collect(),
-        }
+    pub fn read_begins(&mut self, io: u64, lba: u64, blocks: u32) {
+        let now = self.tick();
+        self.each(lba, blocks, |range| range.read_begins(io, now));
     }
 
-    /// Whether a read that began at `mark` may return this content.
+    /// It has returned nothing, or what it has returned does not count.
+    pub fn read_is_void(&mut self, io: u64, lba: u64, blocks: u32) {
+        self.each(lba, blocks, |range| range.read_is_void(io));
+    }
+
+    /// Whether a read may return this, after everything that the application has seen.
     ///
     /// # Errors
-    /// What was read instead.
-    pub fn check_read(&self, mark: &ReadMark, lba: u64, bytes: &[u8]) -> Result<(), String> {
-        let error = match self.check(lba, bytes) {
-            Ok(()) => return Ok(()),
-            Err(error) => error,
-        };
-        let Some(found) = identify(bytes, lba) else {
-            return Err(error);
-        };
-        let before = mark.possible.get(&lba);
-        let was_there = before.map_or(found == 0, |possible| possible.contains(&found));
-        let since = self.blocks.get(&lba).is_some_and(|block| {
-            block
-                .submitted
-                .iter()
-                .any(|&(at, id)| at > mark.submissions && id == found)
-        });
-        if was_there || since {
-            Ok(())
-        } else {
-            Err(error)
+    /// What was read, and the history of the block that does not allow for it.
+    pub fn read_ends(
+        &mut self,
+        io: u64,
+        lba: u64,
+        bytes: &[u8],
+        block_size: usize,
+    ) -> Result<(), String> {
+        let now = self.tick();
+        let mut found = Vec::new();
+        for (lba, block) in (lba..).zip(bytes.chunks(block_size)) {
+            let Some(id) = identify(block, lba) else {
+                return Err(format!("block {lba} holds what nobody wrote"));
+            };
+            found.push(id);
         }
+        let mut first = lba;
+        for same in found.chunk_by(|one, other| one == other) {
+            let mut wrong = None;
+            self.each(first, same.len() as u32, |range| {
+                let before = range.clone();
+                if !range.read_ends(io, same[0], now) {
+                    wrong.get_or_insert(before);
+                }
+            });
+            if let Some(history) = wrong {
+                return Err(format!(
+                    "of blocks {first}+{} it returned write {}, after {history:?}",
+                    same.len(),
+                    same[0]
+                ));
+            }
+            first += same.len() as u64;
+        }
+        Ok(())
     }
 
-    /// Whether this content may be there.
+    /// Whether this content may be there now.
     ///
     /// # Errors
     /// What is there instead.
     pub fn check(&self, lba: u64, bytes: &[u8]) -> Result<(), String> {
-        let found = identify(bytes, lba);
-        let possible = self.blocks.get(&lba).map(|block| &block.possible);
-        let fits = match (found, possible) {
-            (Some(found), Some(possible)) => possible.contains(&found),
-            (Some(found), None) => found == 0,
-            (None, _) => false,
+        let possible = match self.ranges.range(..=lba).next_back() {
+            Some((_, range)) => range.possible(),
+            None => vec![0],
         };
-        if fits {
+        let found = identify(bytes, lba);
+        if found.is_some_and(|found| possible.contains(&found)) {
             return Ok(());
         }
         Err(format!(
@@ -195,7 +160,57 @@ impl Ledger {
 
     /// Blocks that were ever written.
     pub fn blocks(&self) -> impl Iterator<Item = u64> + '_ {
-        self.blocks.keys().copied()
+        let ends = self.ranges.keys().skip(1).copied();
+        let ranges = self.ranges.iter().zip(ends);
+        let written = ranges.filter(|((_, range), _)| range.was_written);
+        written.flat_map(|((&first, _), end)| first..end)
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.now += 1;
+        self.now
+    }
+
+    /// Tells all blocks of a range, and puts together what has become the same.
+    fn each(&mut self, lba: u64, blocks: u32, mut tell: impl FnMut(&mut Register)) {
+        let end = lba + u64::from(blocks);
+        if lba == end {
+            return;
+        }
+        self.split(lba);
+        self.split(end);
+        for (_, range) in self.ranges.range_mut(lba..end) {
+            tell(range);
+        }
+        let before = self
+            .ranges
+            .range(..lba)
+            .next_back()
+            .map(|(&first, _)| first);
+        let mut kept = before.unwrap_or(lba);
+        let others: Vec<u64> = self
+            .ranges
+            .range(kept + 1..=end)
+            .map(|(&first, _)| first)
+            .collect();
+        for other in others {
+            if self.ranges[&kept] == self.ranges[&other] {
+                self.ranges.remove(&other);
+            } else {
+                kept = other;
+            }
+        }
+    }
+
+    /// A range begins here.
+    fn split(&mut self, at: u64) {
+        let covering = self.ranges.range(..=at).next_back();
+        if let Some((&first, range)) = covering
+            && first != at
+        {
+            let range = range.clone();
+            self.ranges.insert(at, range);
+        }
     }
 }
 
@@ -203,31 +218,93 @@ impl Ledger {
 mod tests {
     use super::*;
 
+    const BLOCK: usize = 512;
+
+    fn read(ledger: &mut Ledger, io: u64, lba: u64, contents: &[WriteId]) -> Result<(), String> {
+        ledger.read_begins(io, lba, contents.len() as u32);
+        let blocks = (lba..).zip(contents);
+        let bytes: Vec<u8> = blocks
+            .flat_map(|(lba, &id)| content(id, lba, BLOCK))
+            .collect();
+        ledger.read_ends(io, lba, &bytes, BLOCK)
+    }
+
     #[test]
     fn an_acknowledged_write_is_the_only_one_that_may_be_there() {
         let mut ledger = Ledger::default();
-        ledger.submitted(1, 5, 1);
-        assert!(ledger.check(5, &content(0, 5, 512)).is_ok());
+        ledger.submitted(1, 1, 5, 1);
+        assert!(ledger.check(5, &content(0, 5, BLOCK)).is_ok());
         ledger.acknowledged(1, 5, 1, false);
-        assert!(ledger.check(5, &content(0, 5, 512)).is_err());
-        assert!(ledger.check(5, &content(1, 6, 512)).is_err());
-        assert!(ledger.check(5, &content(1, 5, 512)).is_ok());
+        assert!(ledger.check(5, &content(0, 5, BLOCK)).is_err());
+        assert!(ledger.check(5, &content(1, 6, BLOCK)).is_err());
+        assert!(ledger.check(5, &content(1, 5, BLOCK)).is_ok());
         ledger.power_lost();
-        assert!(ledger.check(5, &content(0, 5, 512)).is_ok());
+        assert!(ledger.check(5, &content(0, 5, BLOCK)).is_ok());
     }
 
     #[test]
     fn overlapping_writes_end_in_either_order_and_mixtures_never() {
         let mut ledger = Ledger::default();
-        ledger.submitted(1, 0, 2);
-        ledger.submitted(2, 0, 1);
+        ledger.submitted(1, 1, 0, 2);
+        ledger.submitted(2, 2, 0, 1);
         ledger.acknowledged(1, 0, 2, false);
         ledger.acknowledged(2, 0, 1, false);
-        assert!(ledger.check(0, &content(1, 0, 512)).is_ok());
-        assert!(ledger.check(0, &content(2, 0, 512)).is_ok());
-        assert!(ledger.check(1, &content(0, 1, 512)).is_err());
-        let mut mixed = content(1, 0, 512);
+        assert!(ledger.check(0, &content(1, 0, BLOCK)).is_ok());
+        assert!(ledger.check(0, &content(2, 0, BLOCK)).is_ok());
+        assert!(ledger.check(1, &content(0, 1, BLOCK)).is_err());
+        let mut mixed = content(1, 0, BLOCK);
         mixed[256..].copy_from_slice(&content(2, 0, 256));
         assert!(ledger.check(0, &mixed).is_err());
+        ledger.read_begins(3, 0, 1);
+        assert!(ledger.read_ends(3, 0, &mixed, BLOCK).is_err());
+    }
+
+    #[test]
+    fn each_block_has_a_history_of_its_own() {
+        let mut ledger = Ledger::default();
+        ledger.submitted(1, 1, 10, 10);
+        ledger.unknown(1, 10, 10);
+        // Torn between blocks: so it stays.
+        assert_eq!(read(&mut ledger, 2, 14, &[1, 1, 0, 0]), Ok(()));
+        assert!(read(&mut ledger.clone(), 3, 14, &[0]).is_err());
+        assert!(read(&mut ledger.clone(), 3, 16, &[1]).is_err());
+        assert_eq!(read(&mut ledger, 3, 18, &[1]), Ok(()));
+        assert_eq!(
+            ledger.blocks().collect::<Vec<_>>(),
+            (10..20).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn ranges_with_the_same_history_are_one() {
+        let mut ledger = Ledger::default();
+        ledger.submitted(1, 1, 0, 100);
+        ledger.acknowledged(1, 0, 100, true);
+        for lba in 0..100 {
+            assert_eq!(read(&mut ledger, 1000 + lba, lba, &[1]), Ok(()));
+        }
+        assert_eq!(ledger.ranges.len(), 2);
+    }
+
+    #[test]
+    fn a_power_loss_brings_back_what_was_not_flushed_and_then_it_stays() {
+        let mut ledger = Ledger::default();
+        for id in 1..=3 {
+            ledger.submitted(id, id, 0, 1);
+            ledger.acknowledged(id, 0, 1, false);
+            if id == 1 {
+                let mark = ledger.flush_mark();
+                ledger.flushed(mark);
+            }
+        }
+        ledger.power_lost();
+        assert!(
+            read(&mut ledger.clone(), 10, 0, &[0]).is_err(),
+            "it was flushed over"
+        );
+        assert_eq!(read(&mut ledger, 11, 0, &[2]), Ok(()));
+        assert!(read(&mut ledger.clone(), 12, 0, &[3]).is_err());
+        ledger.power_lost();
+        assert_eq!(read(&mut ledger, 13, 0, &[3]), Ok(()));
     }
 }

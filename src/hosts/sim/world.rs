@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::Arc;
 
 use super::disk::Disk;
-use super::ledger::{Ledger, ReadMark};
+use super::ledger::Ledger;
 use super::link::Transit;
 use super::memory::{Bytes, Payload};
 use super::node::{Core, Engine, MANAGER, Node};
@@ -137,8 +137,6 @@ pub struct AppWork {
     pub memory: Option<Payload>,
     /// Of a flush: what it covers.
     pub mark: u64,
-    /// Of a read: what it may return.
-    pub read: ReadMark,
     pub status: Option<AppStatus>,
 }
 

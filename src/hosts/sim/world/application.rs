@@ -33,7 +33,10 @@ impl World {
             _ => None,
         };
         if let Some(written) = written(id, kind) {
-            self.ledger.submitted(written, lba, blocks);
+            self.ledger.submitted(id, written, lba, blocks);
+        }
+        if kind == RequestKind::Read && self.checks_content {
+            self.ledger.read_begins(id, lba, blocks);
         }
         self.note(node, || format!("app {id}: {kind:?} {lba}+{blocks}"));
         self.apps.insert(
@@ -47,7 +50,6 @@ impl World {
                 blocks,
                 memory: memory.map(Payload::new),
                 mark: self.ledger.flush_mark(),
-                read: self.ledger.read_begins(lba, blocks),
                 status: None,
             },
         );
@@ -87,33 +89,40 @@ impl World {
         app.status = Some(status);
         let memory = app.memory.as_ref().map(Payload::take_back);
         let (node, kind, lba, blocks, mark) = (app.node, app.kind, app.lba, app.blocks, app.mark);
-        let read = std::mem::take(&mut app.read);
         self.note(node, || format!("app {id} ended: {status:?}"));
         if status != AppStatus::Ok {
-            if let Some(written) = written(id, kind) {
-                self.ledger.unknown(written, lba, blocks);
-            }
-            return;
+            return self.forget(id, kind, lba, blocks);
         }
         match kind {
             RequestKind::Write { fua } | RequestKind::WriteZeroes { fua } => {
-                let id = written(id, kind).unwrap_or(0);
                 self.ledger.acknowledged(id, lba, blocks, fua);
             }
-            RequestKind::Unmap => self.ledger.acknowledged(0, lba, blocks, false),
+            RequestKind::Unmap => self.ledger.acknowledged(id, lba, blocks, false),
             RequestKind::Flush => self.ledger.flushed(mark),
             RequestKind::Read | RequestKind::ResyncRead => {
                 let block = self.config.block_size as usize;
                 let memory = memory.unwrap_or(Bytes::Zeroes(0));
-                for (index, bytes) in memory.bytes().chunks(block).enumerate() {
-                    if !self.checks_content {
-                        break;
-                    }
-                    if let Err(text) = self.ledger.check_read(&read, lba + index as u64, bytes) {
-                        panic!("read {id} on node {node}: {text}\n{}", self.describe());
-                    }
+                if !self.checks_content {
+                    return self.forget(id, kind, lba, blocks);
+                }
+                if let Err(text) = self.ledger.read_ends(id, lba, memory.bytes(), block) {
+                    panic!(
+                        "[linearizability] read {id} on node {node}: {text}\n{}",
+                        self.describe()
+                    );
                 }
             }
+        }
+    }
+
+    /// The application does not hear whether it was done.
+    pub(super) fn forget(&mut self, id: u64, kind: RequestKind, lba: u64, blocks: u32) {
+        match kind {
+            RequestKind::Read | RequestKind::ResyncRead => {
+                self.ledger.read_is_void(id, lba, blocks);
+            }
+            RequestKind::Flush => {}
+            _ => self.ledger.unknown(id, lba, blocks),
         }
     }
 

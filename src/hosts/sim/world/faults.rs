@@ -2,6 +2,7 @@
 
 use super::{Event, What, World};
 use crate::engine::channel::TOKEN_MANAGER;
+use crate::engine::peer::state::DiskState;
 use crate::host::Data;
 use crate::hosts::sim::link::{Link, LinkState};
 use crate::hosts::sim::memory::Payload;
@@ -86,7 +87,16 @@ impl World {
     pub fn power_loss(&mut self, node: usize) {
         self.note(node, || "lost power".to_owned());
         self.stop(node, true);
-        self.ledger.power_lost();
+        let keeps_all = |other: usize| {
+            let engine = self.nodes[other].engine.as_ref();
+            engine.is_some_and(|engine| {
+                engine.manager.is_primary() && engine.manager.disk() == DiskState::UpToDate
+            })
+        };
+        // The Primary has it all, and whoever comes back follows it.
+        if self.config.volatile_caches && !(0..self.nodes.len()).any(keeps_all) {
+            self.ledger.power_lost();
+        }
     }
 
     fn stop(&mut self, node: usize, power: bool) {
@@ -129,13 +139,7 @@ impl World {
         for id in lost {
             if let Some(app) = self.apps.remove(&id) {
                 app.memory.as_ref().map(Payload::take_back);
-                if app.kind.writes() {
-                    let written = match app.kind {
-                        crate::engine::request::RequestKind::Write { .. } => id,
-                        _ => 0,
-                    };
-                    self.ledger.unknown(written, app.lba, app.blocks);
-                }
+                self.forget(id, app.kind, app.lba, app.blocks);
             }
         }
     }
