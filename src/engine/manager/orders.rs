@@ -427,7 +427,9 @@ impl<H: Host> Manager<H> {
     }
 
     fn invalidate(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
-        if self.view.role == Role::Primary {
+        // What it has on its way while it is demoted may be nowhere else.
+        let is_demoting = self.is_under_way(|work| matches!(work, Work::Demoting));
+        if self.view.role == Role::Primary || is_demoting {
             return Some(busy("this node is Primary; demote it first"));
         }
         if self.view.read_source(0).is_none() || !self.metadata.enabled {

@@ -96,8 +96,12 @@ impl Lead {
                 holders,
             } => {
                 if world.nodes[node].incarnation != incarnation {
-                    // It may have begun to be Primary, and nobody else has heard of that.
-                    *self = Lead::Nobody { holders: 1 << node };
+                    // It may have begun to be Primary on its disk, and nobody else has heard of that.
+                    let holders = match holders & (1 << node) {
+                        0 => holders,
+                        alone => alone,
+                    };
+                    *self = Lead::Nobody { holders };
                     return;
                 }
                 match world.outcome(node, order) {

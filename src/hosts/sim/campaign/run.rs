@@ -320,6 +320,13 @@ impl Run {
         });
         for node in 0..nodes {
             self.attach(node);
+        }
+        // A Primary without its disk may have told a peer to stay away that it could go together with.
+        self.wait("the disks are attached", 30 * SECOND, |run| {
+            (0..nodes).all(|node| run.world.nodes[node].opener.is_none())
+                && run.world.orders_have_ended()
+        });
+        for node in 0..nodes {
             self.order(node, Order::ResumeResync);
             let connect = Order::Connect {
                 node_id: None,
