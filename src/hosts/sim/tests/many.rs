@@ -376,3 +376,10 @@ fn a_second_primary_is_refused_by_who_sees_the_first() {
         world.settle();
     }
 }
+
+#[test]
+fn random_runs_of_four_and_five_nodes_lose_nothing() {
+    for_seeds(10, |seed| {
+        run(seed, 4 + (seed % 2) as usize, 100, seed % 4 < 2);
+    });
+}
