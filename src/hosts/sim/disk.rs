@@ -8,7 +8,6 @@ use super::random::Random;
 use crate::host::{DiskIo, DiskOp};
 
 const PAGE: u64 = 4096;
-const SECTOR: u64 = 512;
 
 type Page = Box<[u8; PAGE as usize]>;
 
@@ -21,6 +20,8 @@ type Versions = Vec<(u64, Vec<u8>)>;
 #[derive(Clone)]
 pub struct Disk {
     size_bytes: u64,
+    /// What is written wholly or not at all.
+    sector: u64,
     volatile: bool,
     /// A page that is not there reads as zeroes.
     pages: BTreeMap<u64, Page>,
@@ -45,9 +46,11 @@ fn parts(bytes: Range<u64>) -> impl Iterator<Item = (u64, Range<usize>)> {
 }
 
 impl Disk {
-    pub fn new(size_bytes: u64, volatile: bool) -> Disk {
+    pub fn new(size_bytes: u64, sector: u32, volatile: bool) -> Disk {
+        assert!(u64::from(sector) <= PAGE && sector.is_power_of_two());
         Disk {
             size_bytes,
+            sector: u64::from(sector),
             volatile,
             pages: BTreeMap::new(),
             unflushed: BTreeMap::new(),
@@ -104,8 +107,8 @@ impl Disk {
     fn write(&mut self, offset: u64, bytes: &[u8], durable: bool) {
         self.order += 1;
         if self.volatile {
-            for (index, piece) in bytes.chunks(SECTOR as usize).enumerate() {
-                self.cache(offset / SECTOR + index as u64, piece, durable);
+            for (index, piece) in bytes.chunks(self.sector as usize).enumerate() {
+                self.cache(offset / self.sector + index as u64, piece, durable);
             }
         }
         self.plant(offset, bytes);
@@ -115,14 +118,14 @@ impl Disk {
         self.order += 1;
         for (page, part) in parts(bytes) {
             let start = page * PAGE + part.start as u64;
-            let sectors = start / SECTOR..(start + part.len() as u64) / SECTOR;
+            let sectors = start / self.sector..(start + part.len() as u64) / self.sector;
             let is_cached = || self.unflushed.range(sectors.clone()).next().is_some();
             if !self.pages.contains_key(&page) && !is_cached() {
                 continue;
             }
             if self.volatile {
                 for sector in sectors {
-                    self.cache(sector, &ZEROES[..SECTOR as usize], durable);
+                    self.cache(sector, &ZEROES[..self.sector as usize], durable);
                 }
             }
             if part.len() == PAGE as usize {
@@ -139,9 +142,9 @@ impl Disk {
             self.unflushed.remove(&sector);
             return;
         }
-        let from = (sector * SECTOR % PAGE) as usize;
-        let page = self.pages.get(&(sector * SECTOR / PAGE));
-        let base = &page.map_or(&ZEROES, |page| page)[from..from + SECTOR as usize];
+        let from = (sector * self.sector % PAGE) as usize;
+        let page = self.pages.get(&(sector * self.sector / PAGE));
+        let base = &page.map_or(&ZEROES, |page| page)[from..from + self.sector as usize];
         if base == content && !self.unflushed.contains_key(&sector) {
             return;
         }
@@ -154,7 +157,7 @@ impl Disk {
     pub fn execute(&mut self, io: DiskIo, submitted: u64, data: &[u8]) -> Bytes {
         let bytes = io.offset..io.offset + io.len;
         assert!(
-            bytes.end <= self.size_bytes && (io.offset | io.len) % SECTOR == 0,
+            bytes.end <= self.size_bytes && (io.offset | io.len) % self.sector == 0,
             "{io:?} is not on the device"
         );
         match io.op {
@@ -199,9 +202,9 @@ impl Disk {
         }
         let end = io.offset + io.len;
         if torn {
-            for start in (io.offset..end).step_by(SECTOR as usize) {
+            for start in (io.offset..end).step_by(self.sector as usize) {
                 if random.chance(50) {
-                    write(self, start..start + SECTOR);
+                    write(self, start..start + self.sector);
                 }
             }
         } else if random.chance(50) {
@@ -213,7 +216,7 @@ impl Disk {
     pub fn power_loss(&mut self, random: &mut Random) {
         for (sector, versions) in std::mem::take(&mut self.unflushed) {
             let kept = random.below(versions.len() as u64) as usize;
-            self.plant(sector * SECTOR, &versions[kept].1);
+            self.plant(sector * self.sector, &versions[kept].1);
         }
     }
 
@@ -243,6 +246,8 @@ impl Disk {
 mod tests {
     use super::*;
 
+    const SECTOR: u64 = 512;
+
     fn write(disk: &mut Disk, offset: u64, byte: u8) {
         let io = DiskIo {
             op: DiskOp::Write { fua: false },
@@ -255,7 +260,7 @@ mod tests {
     #[test]
     fn a_flush_keeps_what_was_written_before_it_was_submitted() {
         for seed in 0..50 {
-            let mut disk = Disk::new(1 << 20, true);
+            let mut disk = Disk::new(1 << 20, 512, true);
             write(&mut disk, 0, 1);
             write(&mut disk, 0, 2);
             let submitted = disk.order();
@@ -273,12 +278,35 @@ mod tests {
 
     #[test]
     fn differences_are_found_across_pages_that_only_one_has() {
-        let mut disk = Disk::new(1 << 20, false);
-        let other = Disk::new(1 << 20, false);
+        let mut disk = Disk::new(1 << 20, 512, false);
+        let other = Disk::new(1 << 20, 512, false);
         write(&mut disk, 8192, 0);
         assert_eq!(disk.first_difference(&other, 0..1 << 20), None);
         write(&mut disk, 8192 + 512, 7);
         assert_eq!(disk.first_difference(&other, 0..1 << 20), Some(8704));
         assert_eq!(disk.first_difference(&other, 0..8704), None);
+    }
+
+    #[test]
+    fn only_a_device_of_small_sectors_tears_a_block() {
+        let torn = |sector| {
+            (0..20).any(|seed| {
+                let mut disk = Disk::new(1 << 20, sector, true);
+                let io = DiskIo {
+                    op: DiskOp::Write { fua: false },
+                    offset: 0,
+                    len: 4096,
+                };
+                if seed % 2 == 0 {
+                    disk.execute(io, 0, &[1; 4096]);
+                } else {
+                    disk.interrupt(io, &[1; 4096], true, &mut Random::new(seed));
+                }
+                disk.power_loss(&mut Random::new(seed));
+                let bytes = disk.read(0..4096);
+                bytes.iter().any(|&byte| byte != bytes[0])
+            })
+        };
+        assert!(torn(512) && !torn(4096));
     }
 }

@@ -9,6 +9,7 @@ use super::disk::Disk;
 use super::link::{Link, LinkState, PeerIo};
 use super::memory::{Buffer, Bytes, Payload};
 use super::random::Random;
+use super::world::disk_faults::DiskFaults;
 use crate::engine::MAX_PEERS;
 use crate::engine::channel::Channel;
 use crate::engine::manager::Manager;
@@ -190,6 +191,7 @@ pub struct Node {
     /// The engine has the disk.
     pub disk_open: bool,
     pub disk_work: BTreeMap<u64, DiskWork>,
+    pub disk_faults: DiskFaults,
     pub links: Vec<Link>,
     /// Received commands that were not answered, with their opcode.
     pub unanswered: BTreeMap<u64, u8>,
@@ -210,6 +212,7 @@ impl Node {
             opener: None,
             disk_open: false,
             disk_work: BTreeMap::new(),
+            disk_faults: DiskFaults::default(),
             links: (0..MAX_PEERS).map(|_| Link::new(cores)).collect(),
             unanswered: BTreeMap::new(),
             outcomes: BTreeMap::new(),

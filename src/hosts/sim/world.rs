@@ -3,6 +3,7 @@
 
 mod application;
 mod deliver;
+pub(super) mod disk_faults;
 mod faults;
 mod polls;
 mod repeat;
@@ -24,7 +25,7 @@ use crate::engine::manager::{Manager, Options, Order, PeerReport, VolumeState};
 use crate::engine::message::{OrderId, OrderOutcome, ToChannel, ToManager};
 use crate::engine::meta::format::{Content, FormatParams};
 use crate::engine::meta::layout::{LayoutParams, Placement};
-use crate::engine::open::{Goal, Opened, Opener};
+use crate::engine::open::{Goal, OpenError, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::request::RequestKind;
@@ -35,6 +36,8 @@ pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1_000 * MS;
 /// How much time may pass before a condition is looked at again.
 const LOOK_NS: u64 = 100_000;
+/// The name of the volume of a world.
+const VOLUME: &str = "volume";
 /// The token of all I/O of an opener.
 const OPENER: Token = Token(u64::MAX);
 
@@ -90,6 +93,7 @@ pub(super) enum What {
         at_ns: u64,
     },
     DiskDone(u64),
+    DiskThaws,
     ToManager(ToManager<Core>),
     ToChannel(usize, ToChannel<Core>),
     LinkTried {
@@ -177,7 +181,10 @@ impl World {
     pub fn new(seed: u64, config: Config) -> World {
         let device = config.volume_bytes + (4 << 20);
         let nodes = (0..config.nodes)
-            .map(|_| Node::new(Disk::new(device, config.volatile_caches), config.cores))
+            .map(|_| {
+                let disk = Disk::new(device, config.block_size, config.volatile_caches);
+                Node::new(disk, config.cores)
+            })
             .collect();
         World {
             config,
@@ -341,22 +348,26 @@ impl World {
 
     fn format_params(&self, node: usize, content: Content) -> FormatParams {
         FormatParams {
-            name: "volume".to_owned(),
+            name: VOLUME.to_owned(),
             volume_uuid: None,
             node_id: node as u8,
             backing_uuid: [0; 16],
-            layout: LayoutParams {
-                device_size_bytes: self.nodes[node].disk.size_bytes(),
-                block_size_bytes: self.config.block_size,
-                placement: Placement::Front,
-                data_size_bytes: Some(self.config.volume_bytes),
-                granularity_log2: self.granularity_log2(node),
-                peer_slots: 3.max(self.config.nodes as u8 - 1),
-                channel_slots: self.config.cores as u16,
-                al_ring_blocks: 8,
-            },
+            layout: self.layout_params(node),
             al_extents: self.config.al_extents,
             content,
+        }
+    }
+
+    fn layout_params(&self, node: usize) -> LayoutParams {
+        LayoutParams {
+            device_size_bytes: self.nodes[node].disk.size_bytes(),
+            block_size_bytes: self.config.block_size,
+            placement: Placement::Front,
+            data_size_bytes: Some(self.config.volume_bytes),
+            granularity_log2: self.granularity_log2(node),
+            peer_slots: 3.max(self.config.nodes as u8 - 1),
+            channel_slots: self.config.cores as u16,
+            al_ring_blocks: 8,
         }
     }
 
@@ -402,6 +413,22 @@ impl World {
                 .as_ref()
                 .is_some_and(|engine| engine.manager.disk() >= DiskState::Inconsistent)
         });
+    }
+
+    /// A device that fails cannot be used for now; any other one can.
+    fn not_opened(&mut self, node: usize, error: &OpenError) {
+        let is_failing = self.nodes[node].disk_faults.has_failed;
+        assert!(
+            is_failing && matches!(error, OpenError::Io { .. }),
+            "node {node} cannot be opened: {error}"
+        );
+        self.note(node, || format!("cannot be opened: {error}"));
+        let node = &mut self.nodes[node];
+        node.opener = None;
+        node.disk_open = false;
+        if node.engine.is_none() {
+            node.running = false;
+        }
     }
 
     fn opened(&mut self, node: usize, opened: Opened) {

@@ -247,6 +247,24 @@ impl Run {
             Deed::PauseResync { node } => self.order(node, Order::PauseResync),
             Deed::ResumeResync { node } => self.order(node, Order::ResumeResync),
             Deed::Stop { node } => self.close(node),
+            Deed::SlowDisk {
+                node,
+                most_us,
+                for_us,
+            } => self.world.slow_disk(node, most_us * 1000, for_us * 1000),
+            Deed::FailDisk {
+                node,
+                failing,
+                percent,
+                for_us,
+            } => self.world.fail_disk(node, failing, percent, for_us * 1000),
+            Deed::FreezeDisk { node, for_us } => self.world.freeze_disk(node, for_us * 1000),
+            Deed::MendDisk { node } => self.world.mend_disk(node),
+            Deed::Rot { node, block } => {
+                if !self.world.nodes[node].running {
+                    self.world.rot(node, block);
+                }
+            }
         }
         self.look();
     }
@@ -304,6 +322,9 @@ impl Run {
         let nodes = self.world.nodes.len();
         self.advance((self.began_ns + RUN_NS).max(self.world.now_ns + SECOND));
         self.heal_all();
+        for node in 0..nodes {
+            self.world.mend_disk(node);
+        }
         self.wait(
             "the volumes that are shut down have ended",
             30 * SECOND,
@@ -318,13 +339,10 @@ impl Run {
         self.wait("orders have ended", 30 * SECOND, |run| {
             run.world.orders_have_ended()
         });
-        for node in 0..nodes {
-            self.attach(node);
-        }
+        self.attach_all();
         // A Primary without its disk may have told a peer to stay away that it could go together with.
         self.wait("the disks are attached", 30 * SECOND, |run| {
-            (0..nodes).all(|node| run.world.nodes[node].opener.is_none())
-                && run.world.orders_have_ended()
+            run.world.orders_have_ended()
         });
         for node in 0..nodes {
             self.order(node, Order::ResumeResync);
@@ -360,6 +378,22 @@ impl Run {
                 self.world.describe()
             );
             self.advance(self.world.now_ns + LOOK_NS);
+        }
+    }
+
+    /// Gives every node its disk; one that has failed is let go of first.
+    fn attach_all(&mut self) {
+        for node in 0..self.world.nodes.len() {
+            let end_ns = self.world.now_ns + 30 * SECOND;
+            while self.world.state(node).disk < DiskState::Inconsistent {
+                assert!(
+                    self.world.now_ns < end_ns,
+                    "[liveness] node {node} does not get its disk\n{}",
+                    self.world.describe()
+                );
+                self.attach(node);
+                self.advance(self.world.now_ns + LOOK_NS);
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::hosts::sim::random::Random;
 use crate::hosts::sim::world::Config;
+use crate::hosts::sim::world::disk_faults::{Failing, MetadataBlock};
 
 /// Virtual time in which deeds are done.
 pub const ACTIVE_US: u64 = 50_000_000;
@@ -142,6 +143,32 @@ pub enum Deed {
     Stop {
         node: usize,
     },
+    /// Each request to the disk takes up to so much longer.
+    SlowDisk {
+        node: usize,
+        most_us: u64,
+        for_us: u64,
+    },
+    /// Some requests to the disk fail.
+    FailDisk {
+        node: usize,
+        failing: Failing,
+        percent: u64,
+        for_us: u64,
+    },
+    /// The disk keeps what it is asked for.
+    FreezeDisk {
+        node: usize,
+        for_us: u64,
+    },
+    MendDisk {
+        node: usize,
+    },
+    /// A block of the metadata of a node that is down.
+    Rot {
+        node: usize,
+        block: MetadataBlock,
+    },
 }
 
 /// One of these.
@@ -159,7 +186,7 @@ impl Shape {
             nodes,
             cores: one_of(random, &[1, 1, 2, 2, 3, 4]),
             volume_mib: one_of(random, &[8, 24, 64]),
-            block_size: 512,
+            block_size: one_of(random, &[512, 512, 512, 4096]),
             granularity_log2: (0..nodes)
                 .map(|_| one_of(random, &[12, 12, 12, 14, 16, 20]))
                 .collect(),
@@ -278,10 +305,49 @@ impl Deed {
             59 => Deed::PauseResync { node },
             60..63 => Deed::ResumeResync { node },
             63 => Deed::Stop { node },
+            64..70 => Deed::draw_disk(random, node),
             _ => Deed::Load {
                 count: random.between(1, 24) as u32,
                 every_us: one_of(random, &[0, 3, 30, 30, 300, 3_000]),
                 seed: random.number(),
+            },
+        }
+    }
+}
+
+impl Deed {
+    fn draw_disk(random: &mut Random, node: usize) -> Deed {
+        let for_us = one_of(random, &[1_000, 30_000, 500_000, 5_000_000]);
+        match random.below(10) {
+            0..2 => Deed::SlowDisk {
+                node,
+                most_us: one_of(random, &[2_000, 50_000, 800_000]),
+                for_us,
+            },
+            2..4 => Deed::FailDisk {
+                node,
+                failing: Failing {
+                    reads: random.chance(30),
+                    writes: random.chance(30),
+                    flushes: random.chance(30),
+                    metadata: random.chance(30),
+                },
+                percent: one_of(random, &[2, 20, 100]),
+                for_us,
+            },
+            4..6 => Deed::FreezeDisk {
+                node,
+                // Also until it is mended or the node ends.
+                for_us: one_of(random, &[for_us, for_us, 20_000_000, ACTIVE_US * 100]),
+            },
+            6..8 => Deed::MendDisk { node },
+            _ => Deed::Rot {
+                node,
+                block: match random.below(3) {
+                    0 => MetadataBlock::Superblock(random.below(4) as u8),
+                    1 => MetadataBlock::Log(random.below(32) as u32),
+                    _ => MetadataBlock::Bitmap(random.below(8) as u32),
+                },
             },
         }
     }

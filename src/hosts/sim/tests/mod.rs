@@ -3,6 +3,7 @@
 mod basic;
 mod cluster;
 mod disk;
+mod disk_faults;
 mod link;
 mod many;
 mod orders;

@@ -237,7 +237,7 @@ impl Check {
     }
 
     fn disk(&self, image: &Image) -> Disk {
-        let mut disk = Disk::new(self.device_bytes, false);
+        let mut disk = Disk::new(self.device_bytes, 512, false);
         for (number, page) in &image.0 {
             disk.plant(number * PAGE, &page.bytes);
         }

@@ -29,6 +29,7 @@ impl World {
         match what {
             What::Poll { place, at_ns } => self.poll(node, place, at_ns),
             What::DiskDone(id) => self.disk_done(node, id),
+            What::DiskThaws => self.disk_thaws(node),
             What::ToManager(message) => {
                 self.with_manager(node, |manager, cx| manager.message(cx, message));
             }
@@ -225,14 +226,21 @@ impl World {
                 submitted,
             },
         );
-        let delay_ns = self.delay_ns();
+        let delay_ns = self.delay_ns() + self.disk_lag_ns(node);
         self.schedule_here(node, delay_ns, What::DiskDone(id));
     }
 
     fn disk_done(&mut self, node: usize, id: u64) {
+        if self.disk_keeps(node, id) {
+            return;
+        }
         let Some(mut work) = self.nodes[node].disk_work.remove(&id) else {
             return;
         };
+        if self.disk_fails(node, &work) {
+            self.record(node, |_| Some(Recorded::Done { id }));
+            return self.disk_answers(node, work, IoStatus::Failed);
+        }
         let disk = &mut self.nodes[node].disk;
         let len = work.io.len as usize;
         let read = match (&work.io.op, &work.data) {
@@ -253,9 +261,13 @@ impl World {
                 Data::None => panic!("a read without memory"),
             }
         }
+        self.disk_answers(node, work, IoStatus::Ok);
+    }
+
+    fn disk_answers(&mut self, node: usize, work: DiskWork, status: IoStatus) {
         let completion = Completion {
             token: work.token,
-            status: IoStatus::Ok,
+            status,
             answer: PeerAnswer::Ok,
             data: work.data,
         };
@@ -268,7 +280,7 @@ impl World {
             match opener.complete(completion) {
                 Ok(None) => {}
                 Ok(Some(opened)) => return self.opened(node, opened),
-                Err(error) => panic!("node {node} cannot be opened: {error}"),
+                Err(error) => return self.not_opened(node, &error),
             }
             return self.call(node, MANAGER, |node, cx| node.poll(MANAGER, cx));
         }

@@ -1,9 +1,9 @@
 //! What goes wrong: cut and reset links, killed nodes, lost power.
 
+use super::disk_faults::written_bytes;
 use super::{Event, What, World};
 use crate::engine::channel::TOKEN_MANAGER;
 use crate::engine::peer::state::DiskState;
-use crate::host::Data;
 use crate::hosts::sim::link::{Link, LinkState};
 use crate::hosts::sim::memory::Payload;
 use crate::hosts::sim::record::Recorded;
@@ -110,19 +110,15 @@ impl World {
         stopped.unanswered.clear();
         stopped.message_ns.clear();
         stopped.planned_polls_ns.fill(None);
+        stopped.disk_faults.ends();
         for link in &mut stopped.links {
             *link = Link::new(cores);
         }
         for (_, work) in std::mem::take(&mut stopped.disk_work) {
-            let data = match &work.data {
-                Data::Payload(memory) => memory.bytes().to_vec(),
-                Data::Buffer(buffer) => buffer.as_ref().to_vec(),
-                Data::None => Vec::new(),
-            };
-            let len = data.len().min(work.io.len as usize);
+            let written = written_bytes(work.io, &work.data);
             stopped
                 .disk
-                .interrupt(work.io, &data[..len], power, &mut self.random);
+                .interrupt(work.io, &written, power, &mut self.random);
         }
         if power {
             stopped.disk.power_loss(&mut self.random);

@@ -75,6 +75,7 @@ fn event_words(what: &What) -> [u64; 4] {
             ..
         } => [10, *slot as u64, *command, u64::from(answer.to_dword0())],
         What::Submit(id) => [11, *id, 0, 0],
+        What::DiskThaws => [12, 0, 0, 0],
     }
 }
 
