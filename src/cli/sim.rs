@@ -12,6 +12,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::hosts::sim::campaign::{Findings, Schedule, Scope, Violation, campaign, judge, shrink};
+use crate::hosts::sim::coverage::{Coverage, Kind};
 
 /// Arguments of `sim`.
 #[derive(Debug, Args)]
@@ -40,6 +41,9 @@ pub struct SimArguments {
     /// Write the small schedule of the first failure here
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
+    /// Write how often what has happened here, as JSON
+    #[arg(long, value_name = "FILE")]
+    coverage: Option<PathBuf>,
     /// Write the whole story of a single run to standard error
     #[arg(long)]
     trace: bool,
@@ -110,6 +114,7 @@ fn run_one(arguments: &SimArguments, schedule: &Schedule) -> ExitCode {
                 outcome.steps,
                 outcome.trace_hash
             );
+            tell_coverage(arguments, &outcome.coverage);
             ExitCode::SUCCESS
         }
         Err(violation) => {
@@ -136,6 +141,7 @@ fn run_many(arguments: &SimArguments, scope: &Scope) -> ExitCode {
         )
     });
     summarise(&findings, began.elapsed());
+    tell_coverage(arguments, &findings.coverage);
     for (seed, violation) in findings.failures.iter().skip(1) {
         println!(
             "seed {seed} violates {}: {}",
@@ -190,6 +196,33 @@ fn summarise(findings: &Findings, took: Duration) {
         findings.runs as f64 / seconds,
         findings.steps as f64 / seconds,
     );
+}
+
+/// How often what has happened, and what never has.
+fn tell_coverage(arguments: &SimArguments, coverage: &Coverage) {
+    for kind in Kind::ALL {
+        let counters = coverage.of(kind).into_iter();
+        let counters: Vec<String> = counters
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        println!("{}: {}", kind.name(), counters.join(", "));
+    }
+    for (kind, name) in coverage.missing() {
+        println!("never among {}: {name}", kind.name());
+    }
+    for (kind, name) in coverage.surprises() {
+        println!(
+            "among {}, though said to be unreachable: {name}",
+            kind.name()
+        );
+    }
+    if let Some(path) = &arguments.coverage {
+        let text = serde_json::to_string_pretty(&coverage.json()).unwrap_or_default();
+        match std::fs::write(path, text + "\n") {
+            Ok(()) => println!("written to {}", path.display()),
+            Err(error) => eprintln!("cannot write {}: {error}", path.display()),
+        }
+    }
 }
 
 /// Everything that is needed to replay and to understand a failure.

@@ -3,7 +3,7 @@
 
 use super::Manager;
 use super::outbox::{self, Call};
-use super::peer::{Asked, Link};
+use super::peer::{Asked, Decided, Link};
 use super::pull;
 use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
@@ -255,6 +255,11 @@ impl<H: Host> Manager<H> {
         let session = session_id(mine.nonce, theirs.nonce);
         if peer.session == 0 {
             let decision = decide(&mine, &theirs);
+            peer.decided = Some(Decided {
+                mine: mine.nonce,
+                theirs: theirs.nonce,
+                decision,
+            });
             let may_pass = matches!(decision.outcome, Outcome::SplitBrain | Outcome::Refuse(_));
             if let (Some(text), true) = (refusal(&decision), may_pass && self.has_third_nodes()) {
                 // A third node may be the one to mend it: of these two, one may have the other's data already, or may

@@ -50,6 +50,7 @@ pub use report::{PeerReport, ResyncReport, VolumeState};
 use compare::Compare;
 use metadata::MetadataWriter;
 use outbox::Call;
+pub use peer::Decided;
 use peer::Peer;
 use pull::{PullIo, Puller};
 use steps::{Steps, Then};

@@ -17,6 +17,14 @@ pub(super) enum Link {
     Closing,
 }
 
+/// A decision, and the nonces of the two Hellos that it is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decided {
+    pub mine: u64,
+    pub theirs: u64,
+    pub decision: Decision,
+}
+
 /// How far a question of the handshake has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
@@ -61,6 +69,8 @@ pub(super) struct Peer {
     /// We have told the peer that it may enter: our Hello must not change any more.
     pub(super) confirmed_theirs: bool,
     pub(super) decision: Option<Decision>,
+    /// The last decision, whatever became of it.
+    pub(super) decided: Option<Decided>,
     pub(super) established: bool,
     pub(super) role: Role,
     /// The peer's current generation as it last told.
@@ -111,6 +121,7 @@ impl Peer {
             confirm: Asked::No,
             confirmed_theirs: false,
             decision: None,
+            decided: None,
             established: false,
             role: Role::Unknown,
             current_generation: 0,

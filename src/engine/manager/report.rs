@@ -1,9 +1,10 @@
 //! The state of a volume as its operator sees it.
 
-use super::Manager;
+use super::{Decided, Manager};
 use crate::engine::MAX_PEERS;
 use crate::engine::meta::generation::Generations;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
+use crate::engine::view::View;
 use crate::host::{Host, PeerAddress, PeerSlot};
 
 /// A volume.
@@ -63,6 +64,16 @@ impl<H: Host> Manager<H> {
                 .filter_map(|slot| self.report_peer(cx, slot))
                 .collect(),
         }
+    }
+
+    /// The state, as the channels see it or are about to.
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// What the last two Hellos with this peer came to.
+    pub fn decided(&self, slot: PeerSlot) -> Option<Decided> {
+        self.peers[slot].decided
     }
 
     /// The node id of the peer in a slot.

@@ -158,7 +158,7 @@ impl Disk {
         let bytes = io.offset..io.offset + io.len;
         assert!(
             bytes.end <= self.size_bytes && (io.offset | io.len) % self.sector == 0,
-            "{io:?} is not on the device"
+            "[protocol] {io:?} is not on the device"
         );
         match io.op {
             DiskOp::Read => return self.content(bytes),

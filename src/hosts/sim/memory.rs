@@ -85,7 +85,10 @@ impl Payload {
 
     /// Panics when the owner has it back.
     pub fn bytes(&self) -> Ref<'_, [u8]> {
-        assert!(!self.0.returned.get(), "read from memory that was returned");
+        assert!(
+            !self.0.returned.get(),
+            "[I11] read from memory that was returned"
+        );
         Ref::map(self.0.content.borrow(), Bytes::bytes)
     }
 
@@ -93,14 +96,17 @@ impl Payload {
     pub fn put(&self, content: Bytes) {
         assert!(
             !self.0.returned.get(),
-            "write into memory that was returned"
+            "[I11] write into memory that was returned"
         );
         self.0.content.borrow_mut().put(content);
     }
 
     /// The owner takes it back, with what is in it.
     pub fn take_back(&self) -> Bytes {
-        assert!(!self.0.returned.replace(true), "memory was returned twice");
+        assert!(
+            !self.0.returned.replace(true),
+            "[I11] memory was returned twice"
+        );
         self.0.content.replace(Bytes::Zeroes(0))
     }
 }

@@ -2,9 +2,10 @@
 //! engine in it is the real one and must not be able to tell.
 //!
 //! [`world`] has time and events; [`node`] is what the engine sees of a core; [`disk`] and [`link`] are what fails;
-//! [`ledger`] knows what the application may read; [`campaign`] makes runs out of seeds and judges them.
+//! [`ledger`] knows what the application may read; [`coverage`] counts what has happened; [`campaign`] makes runs out of seeds and judges them.
 
 pub mod campaign;
+pub mod coverage;
 pub mod disk;
 pub mod ledger;
 pub mod link;

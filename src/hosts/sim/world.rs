@@ -2,6 +2,7 @@
 //! call it; it calls the engine. Checks what must hold at every step and panics with what was violated.
 
 mod application;
+mod checks;
 mod deliver;
 pub(super) mod disk_faults;
 mod faults;
@@ -13,6 +14,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::Arc;
 
+use super::coverage::{Coverage, Seen};
 use super::disk::Disk;
 use super::ledger::Ledger;
 use super::link::Transit;
@@ -27,6 +29,7 @@ use crate::engine::meta::format::{Content, FormatParams};
 use crate::engine::meta::layout::{LayoutParams, Placement};
 use crate::engine::open::{Goal, OpenError, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::handshake::Decision;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::request::RequestKind;
 use crate::engine::volume::{Shared, VolumeGeometry};
@@ -175,6 +178,11 @@ pub struct World {
     repeats: repeat::Repeats,
     /// What happened, for a test that replays it: node and event.
     pub(super) recording: Option<Vec<(usize, Recorded)>>,
+    pub coverage: Coverage,
+    /// Per node.
+    seen: Vec<Seen>,
+    /// By the nonces of two Hellos, the lower one first: the node that decided first, and what.
+    decisions: BTreeMap<(u64, u64), (usize, Decision)>,
 }
 
 impl World {
@@ -186,6 +194,7 @@ impl World {
                 Node::new(disk, config.cores)
             })
             .collect();
+        let seen = vec![Seen::NOTHING; config.nodes];
         World {
             config,
             now_ns: SECOND,
@@ -208,6 +217,9 @@ impl World {
             caught: Vec::new(),
             repeats: repeat::Repeats::default(),
             recording: None,
+            coverage: Coverage::default(),
+            seen,
+            decisions: BTreeMap::new(),
         }
     }
 
@@ -245,7 +257,7 @@ impl World {
     /// Delivers the next event.
     pub fn step(&mut self) {
         let Some(Reverse((at_ns, _, _, place))) = self.queue.pop() else {
-            panic!("nothing will ever happen again");
+            panic!("[liveness] nothing will ever happen again");
         };
         self.now_ns = self.now_ns.max(at_ns);
         self.steps += 1;
@@ -261,7 +273,10 @@ impl World {
         let end_ns = self.now_ns + limit_ns;
         while !is(self) {
             if self.now_ns > end_ns || self.queue.is_empty() {
-                panic!("after {limit_ns} ns still not: {what}\n{}", self.describe());
+                panic!(
+                    "[liveness] after {limit_ns} ns still not: {what}\n{}",
+                    self.describe()
+                );
             }
             // Looking is not free: after a few steps at a time, as long as they are close to each other.
             let look_ns = self.now_ns + LOOK_NS;
@@ -294,6 +309,9 @@ impl World {
             ..self.core(node)
         };
         call(&mut self.nodes[node], &mut core);
+        if place == MANAGER {
+            self.observe(node);
+        }
         for action in core.actions {
             self.act(node, place, action);
         }
@@ -505,7 +523,7 @@ impl World {
         for (node, incarnation, id, text) in &self.orders {
             assert!(
                 self.nodes[*node].incarnation != *incarnation || self.outcome(*node, *id).is_some(),
-                "{text} on node {node} is stuck\n{}",
+                "[I10] {text} on node {node} is stuck\n{}",
                 self.describe()
             );
         }
@@ -624,7 +642,7 @@ impl World {
                     super::ledger::identify(&disk.read(at..at + block), (at - start) / block)
                 };
                 panic!(
-                    "nodes 0 and {node} differ in block {}: {:?} and {:?}\n{}",
+                    "[replicas] nodes 0 and {node} differ in block {}: {:?} and {:?}\n{}",
                     (at - start) / block,
                     of(first),
                     of(other),
@@ -633,11 +651,11 @@ impl World {
             }
         }
         for node in 0..self.nodes.len() {
-            assert!(self.is_unlocked(node), "node {node}: a range is kept");
+            assert!(self.is_unlocked(node), "[I10] node {node}: a range is kept");
             for peer in self.state(node).peers {
                 assert_eq!(
                     peer.out_of_sync_bytes, 0,
-                    "node {node}: bits for {}",
+                    "[replicas] node {node}: bits for {}",
                     peer.node_id
                 );
             }
@@ -667,7 +685,7 @@ impl World {
             let at = (1 << 20) + lba * block;
             let bytes = self.nodes[node].disk.read(at..at + block);
             if let Err(text) = self.ledger.check(lba, &bytes) {
-                panic!("node {node}: {text}\n{}", self.describe());
+                panic!("[durability] node {node}: {text}\n{}", self.describe());
             }
         }
     }

@@ -15,6 +15,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::coverage::Coverage;
 pub use run::Outcome;
 pub use schedule::{Schedule, Scope};
 pub use shrink::{Failure, shrink};
@@ -26,6 +27,8 @@ pub struct Findings {
     pub runs: u64,
     pub virtual_ns: u64,
     pub steps: u64,
+    /// Of the runs that violated nothing.
+    pub coverage: Coverage,
     /// Failed seeds, in their order.
     pub failures: Vec<(u64, Violation)>,
 }
@@ -56,6 +59,7 @@ pub fn campaign(
                         Ok(outcome) => {
                             findings.virtual_ns += outcome.virtual_ns;
                             findings.steps += outcome.steps;
+                            findings.coverage.add(&outcome.coverage);
                         }
                         Err(violation) => findings.failures.push((seed, violation)),
                     }

@@ -8,6 +8,7 @@ use crate::engine::manager::Order;
 use crate::engine::open::Goal;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::request::RequestKind;
+use crate::hosts::sim::coverage::Coverage;
 use crate::hosts::sim::world::{Config, MS, SECOND, World, address};
 
 /// How long the operator waits between two looks while something is under way.
@@ -18,12 +19,13 @@ const REPORT_NS: u64 = 15 * SECOND;
 const RUN_NS: u64 = 60 * SECOND;
 
 /// What a run that violated nothing tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     /// Over every event and everything that the engine asked for.
     pub trace_hash: u64,
     pub steps: u64,
     pub virtual_ns: u64,
+    pub coverage: Coverage,
 }
 
 /// Goes through a schedule.
@@ -365,6 +367,7 @@ impl Run {
             trace_hash: self.world.trace_hash(),
             steps: self.world.steps,
             virtual_ns: self.world.now_ns,
+            coverage: self.world.coverage,
         }
     }
 

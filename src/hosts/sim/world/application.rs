@@ -83,9 +83,9 @@ impl World {
 
     pub(super) fn finished(&mut self, id: u64, status: AppStatus) {
         let Some(app) = self.apps.get_mut(&id) else {
-            panic!("the end of an I/O that does not exist");
+            panic!("[I11] the end of an I/O that does not exist");
         };
-        assert!(app.status.is_none(), "I/O {id} ended twice");
+        assert!(app.status.is_none(), "[I11] I/O {id} ended twice");
         app.status = Some(status);
         let memory = app.memory.as_ref().map(Payload::take_back);
         let (node, kind, lba, blocks, mark) = (app.node, app.kind, app.lba, app.blocks, app.mark);

@@ -143,13 +143,14 @@ impl World {
             Action::LinkClose(slot) => self.close_link(node, slot),
             Action::DiskClose => {
                 let work = &self.nodes[node].disk_work;
-                assert!(work.is_empty(), "the disk was let go with I/O on it");
+                assert!(work.is_empty(), "[I11] the disk was let go with I/O on it");
                 self.nodes[node].disk_open = false;
             }
             Action::Ordered(id, outcome) => {
                 self.note(node, || format!("order {id} ended: {outcome:?}"));
+                self.count_order(node, id, &outcome);
                 let earlier = self.nodes[node].outcomes.insert(id, outcome);
-                assert!(earlier.is_none(), "order {id} ended twice");
+                assert!(earlier.is_none(), "[I10] order {id} ended twice");
             }
         }
     }
@@ -159,7 +160,7 @@ impl World {
         let link = &self.nodes[node].links[slot];
         let outstanding = link.outstanding.values();
         let outstanding = outstanding.filter(|other| other.core == core).count();
-        assert!(outstanding < 96, "node {node}: no credit is left");
+        assert!(outstanding < 96, "[credits] node {node}: no credit is left");
         let taken = [node, link.target].map(|node| self.in_capsule_bytes(node));
         let taken = taken[0].min(taken[1]);
         if data_direction(op) == DataDirection::HostToController {
@@ -169,7 +170,7 @@ impl World {
             let splits = !is_write || taken >= self.config.block_size;
             assert!(
                 !splits || data_len <= most as usize,
-                "node {node} sends {data_len} bytes with {op:#x}, {most} are taken"
+                "[credits] node {node} sends {data_len} bytes with {op:#x}, {most} are taken"
             );
         }
     }
@@ -197,7 +198,7 @@ impl World {
     fn start_disk(&mut self, node: usize, core: usize, token: Token, io: DiskIo, data: Data<Core>) {
         assert!(
             self.nodes[node].disk_open,
-            "{io:?} on a disk that was let go"
+            "[I11] {io:?} on a disk that was let go"
         );
         if is_write(&io) {
             let end = io.offset + io.len;
@@ -208,7 +209,7 @@ impl World {
             });
             if let Some(other) = other {
                 panic!(
-                    "writes that overlap are in flight on node {node}: {:?} and {io:?}",
+                    "[I4] writes that overlap are in flight on node {node}: {:?} and {io:?}",
                     other.io
                 );
             }
@@ -346,8 +347,10 @@ impl World {
             return;
         }
         let op = transit.opcode;
-        let command = PeerCommand::parse(op, &transit.words, transit.data_len)
-            .unwrap_or_else(|error| panic!("node {} sent nonsense: {error}", transit.from));
+        let command =
+            PeerCommand::parse(op, &transit.words, transit.data_len).unwrap_or_else(|error| {
+                panic!("[protocol] node {} sent nonsense: {error}", transit.from)
+            });
         self.note(node, || {
             format!(
                 "from {} as {}: {command:?}",
@@ -374,10 +377,11 @@ impl World {
     fn answered(&mut self, node: usize, io: PeerIo, answer: PeerAnswer) {
         let known = self.nodes[node].unanswered.remove(&io.arrival);
         let Some(op) = known else {
-            panic!("command {} was answered twice", io.arrival);
+            panic!("[I11] command {} was answered twice", io.arrival);
         };
         self.note(node, || format!("answers {}: {answer:?}", io.arrival));
         self.fenced += u64::from(answer == PeerAnswer::Fenced);
+        self.coverage.answered(answer);
         let answer = PeerAnswer::from_dword0(answer.to_dword0());
         let data = match (&io.response, answer) {
             (Some(memory), PeerAnswer::Ok) => Some(memory.take_back()),
@@ -412,7 +416,11 @@ impl World {
         let id = self.id();
         let target = address.traddr.trim_start_matches("node-").parse();
         let link = &mut self.nodes[node].links[slot];
-        assert_eq!(link.state, LinkState::Closed, "a link was opened twice");
+        assert_eq!(
+            link.state,
+            LinkState::Closed,
+            "[protocol] a link was opened twice"
+        );
         link.state = LinkState::Opening;
         link.id = id;
         link.target = target.expect("an address of this world");

@@ -101,6 +101,7 @@ impl World {
 
     fn stop(&mut self, node: usize, power: bool) {
         let cores = self.config.cores;
+        self.count_end(node, if power { "power lost" } else { "killed" });
         let stopped = &mut self.nodes[node];
         stopped.incarnation += 1;
         stopped.running = false;

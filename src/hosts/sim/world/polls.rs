@@ -66,7 +66,7 @@ impl World {
                 channel => format!("channel {channel}"),
             };
             panic!(
-                "the {who} of node {node} has something to do before {due_ns:?}\n{}",
+                "[poll] the {who} of node {node} has something to do before {due_ns:?}\n{}",
                 self.describe()
             );
         }

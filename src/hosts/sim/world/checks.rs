@@ -1,0 +1,70 @@
+//! What must hold whatever happens, written from the design's invariants and not from the engine: looked at when a manager
+//! has done something, and at quiet moments. Nothing here changes the run.
+
+use super::World;
+use crate::engine::message::{OrderId, OrderOutcome};
+use crate::hosts::sim::coverage::{Kind, Seen};
+
+impl World {
+    /// A manager has done something.
+    pub(super) fn observe(&mut self, node: usize) {
+        let Some(engine) = &self.nodes[node].engine else {
+            return;
+        };
+        let before = self.coverage.observe(&mut self.seen[node], &engine.manager);
+        if let Some(before) = before {
+            self.check_decisions(node, &before);
+        }
+    }
+
+    /// I8: who looks at the same two Hellos comes to the mirrored decision.
+    fn check_decisions(&mut self, node: usize, before: &Seen) {
+        for slot in 0..before.decided.len() {
+            let Some(decided) = self.seen[node].decided[slot] else {
+                continue;
+            };
+            if before.decided[slot] == Some(decided) {
+                continue;
+            }
+            let nonces = (
+                decided.mine.min(decided.theirs),
+                decided.mine.max(decided.theirs),
+            );
+            let entry = self.decisions.entry(nonces);
+            let &mut (other, decision) = entry.or_insert((node, decided.decision));
+            let is_mirrored = decision.rule == decided.decision.rule
+                && decision.outcome.mirrored() == decided.decision.outcome;
+            assert!(
+                other == node || is_mirrored,
+                "[I8] node {other} decided {decision:?} and node {node} {:?} over the same Hellos\n{}",
+                decided.decision,
+                self.describe()
+            );
+        }
+    }
+
+    pub(super) fn count_order(&mut self, node: usize, id: OrderId, outcome: &OrderOutcome) {
+        let mut orders = self.orders.iter().rev();
+        let order = orders.find(|(of, _, other, _)| *of == node && *other == id);
+        let text = order.map_or("", |(_, _, _, text)| text);
+        let name = text.split([' ', '{', '(']).next().unwrap_or_default();
+        let name = match outcome {
+            Ok(()) => format!("{name}: done"),
+            Err(error) => format!("{name}: {:?}", error.kind),
+        };
+        self.coverage.count(Kind::Order, &name);
+    }
+
+    /// A node is about to end without a word.
+    pub(super) fn count_end(&mut self, node: usize, how: &str) {
+        let seen = std::mem::replace(&mut self.seen[node], Seen::NOTHING);
+        if let Some(engine) = &self.nodes[node].engine {
+            for slot in 0..seen.conns.len() {
+                if engine.manager.peer_node(slot).is_some() {
+                    let name = format!("{how} in {}", seen.conns[slot]);
+                    self.coverage.count(Kind::End, &name);
+                }
+            }
+        }
+    }
+}
