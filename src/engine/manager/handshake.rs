@@ -139,7 +139,10 @@ impl<H: Host> Manager<H> {
             sees_primary: self.sees_primary(Some(slot)),
             is_target: self.is_target(Some(slot)),
             told: superblock.flags.told,
-            current_generation: generations.current,
+            current_generation: match self.exposed {
+                Some(exposed) if !self.view.disk_is_usable() => exposed,
+                _ => generations.current,
+            },
             bitmap_generation: generations.bitmap[slot],
             history: generations.history,
             dirty_bits: self.masters[slot].count(),
@@ -230,7 +233,7 @@ impl<H: Host> Manager<H> {
             }
             return self.answer(cx, reply, PeerAnswer::NotYet);
         }
-        if self.peers[slot].draining {
+        if self.peers[slot].draining || self.awaits_newer_data_than(cx, slot, &theirs) {
             return self.answer(cx, reply, PeerAnswer::NotYet);
         }
         if self.peers[slot].link == Link::Closed {
@@ -240,6 +243,22 @@ impl<H: Host> Manager<H> {
         self.peers[slot].their_hello = Some(theirs);
         self.answer(cx, reply, PeerAnswer::Ok);
         self.try_confirm(cx, slot);
+    }
+
+    /// The application has seen newer data than this Primary's disk has, and this peer would not give it: whoever has it
+    /// goes first, or the application would read what is old.
+    fn awaits_newer_data_than(&self, cx: &H, slot: PeerSlot, theirs: &Hello) -> bool {
+        self.exposed.is_some_and(|exposed| {
+            self.view.disk_is_usable()
+                && theirs.current_generation != exposed
+                && matches!(
+                    decide(&self.hello(cx, slot, 1), theirs).outcome,
+                    Outcome::InSync
+                        | Outcome::ConnectWithoutSync
+                        | Outcome::SyncSource { .. }
+                        | Outcome::Ahead
+                )
+        })
     }
 
     /// Both Hellos are known: decide, have the channels accept the session, and confirm.

@@ -133,6 +133,8 @@ pub struct Manager<H: Host> {
     hello_count: u32,
     /// A Primary with a disk that was attached again holds I/O until a peer is there, or until then.
     reattach_until_ns: Option<u64>,
+    /// What the application of a Primary without its disk has seen, if the disk that was attached since does not have it.
+    exposed: Option<u64>,
     /// The transaction of the last promotion.
     promotion: u64,
     closing: bool,
@@ -173,6 +175,7 @@ impl<H: Host> Manager<H> {
             hello_start: 0,
             hello_count: 0,
             reattach_until_ns: None,
+            exposed: None,
             promotion: 0,
             closing: false,
             superblock,

@@ -496,6 +496,7 @@ impl<H: Host> Manager<H> {
             return;
         }
         self.view.disk = DiskState::UpToDate;
+        self.exposed = None;
         self.shared.stale.clear_all();
         self.adopt(cx, Then::Nothing);
         if self.peers[slot].epoch == epoch {

@@ -416,48 +416,62 @@ impl Run {
         }
     }
 
-    /// Resolves what a reckless operator has made: a split brain is reported on both sides, then the changes of one are
-    /// given up.
+    /// Resolves what a reckless operator has made: nobody stays Primary, a split brain is reported on both sides, and the
+    /// changes of one are given up, until all go together.
     fn reconcile(&mut self) {
         let nodes = self.world.nodes.len();
         self.advance(self.world.now_ns + REPORT_NS);
-        let mut victims = 0u8;
-        for one in 0..nodes {
-            for other in 0..one {
-                let (here, there) = (self.world.peer(one, other), self.world.peer(other, one));
-                let says = |report: &crate::engine::manager::PeerReport| {
-                    let error = report.last_error.as_deref().unwrap_or_default();
-                    report.conn == ConnState::StandAlone && error.contains("SplitBrain")
-                };
-                assert_eq!(
-                    says(&here),
-                    says(&there),
-                    "[I9] only one side reports a split brain: {:?} and {:?}\n{}",
-                    here.last_error,
-                    there.last_error,
-                    self.world.describe()
-                );
-                if says(&here) {
-                    victims |= 1 << one;
-                    self.gave_up_data = true;
-                }
-            }
-        }
         // One that would have to follow another cannot as Primary.
         for node in 0..nodes {
             if self.world.is_primary(node) {
                 self.world.ordered(node, Order::Demote).ok();
             }
+            self.connect(node, None, false);
         }
-        for node in 0..nodes {
-            let connect = Order::Connect {
-                node_id: None,
-                discard_my_data: victims & (1 << node) != 0,
+        for _ in 0..nodes {
+            self.advance(self.world.now_ns + REPORT_NS);
+            let Some((keeps, gives_up)) = self.split_brain() else {
+                break;
             };
-            self.order(node, connect);
+            self.gave_up_data = true;
+            self.connect(gives_up, Some(keeps), true);
+            self.connect(keeps, Some(gives_up), false);
         }
         // Nobody reads from two nodes any more.
         self.world.checks_content = !self.gave_up_data;
+    }
+
+    fn connect(&mut self, node: usize, peer: Option<usize>, discard_my_data: bool) {
+        let connect = Order::Connect {
+            node_id: peer.map(|peer| peer as u8),
+            discard_my_data,
+        };
+        self.order(node, connect);
+    }
+
+    /// Two nodes that have changes of their own; both have to say so.
+    fn split_brain(&self) -> Option<(usize, usize)> {
+        let says = |node: usize, peer: usize| {
+            let report = self.world.peer(node, peer);
+            let error = report.last_error.unwrap_or_default();
+            report.conn < ConnState::Connected && error.contains("SplitBrain")
+        };
+        let nodes = self.world.nodes.len();
+        let mut found = None;
+        for one in 0..nodes {
+            for other in one + 1..nodes {
+                assert_eq!(
+                    says(one, other),
+                    says(other, one),
+                    "[I9] only one of {one} and {other} reports a split brain\n{}",
+                    self.world.describe()
+                );
+                if says(one, other) && found.is_none() {
+                    found = Some((one, other));
+                }
+            }
+        }
+        found
     }
 
     fn read_everything(&mut self) {
