@@ -17,6 +17,7 @@ mod recognised;
 mod register;
 mod remote;
 mod saved;
+mod silent;
 #[path = "../e2e/stage.rs"]
 #[allow(
     dead_code,

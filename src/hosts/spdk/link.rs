@@ -12,8 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::connect::{self, Path};
 use super::context::Queue;
 use super::core::{Job, State, manager_core, on_all};
+use super::node::Control;
 use super::volume::with_manager;
-use super::{module, sys};
+use super::{module, silence, sys};
 use crate::engine::MAX_PEERS;
 use crate::host::{PeerAddress, PeerSlot};
 use crate::rpc::volume::PeerTransport;
@@ -22,6 +23,8 @@ use crate::rpc::volume::PeerTransport;
 const PATH_ID_BYTES: usize = 4096;
 /// Between two looks for paths that are to be tried again.
 const PATH_LOOK_NS: u64 = 500_000_000;
+/// How long the reset of a link that ends may try to connect once more: whoever answers does so sooner.
+const RESET_PATIENCE_NS: u64 = 1_000_000_000;
 
 /// Core 0's knowledge of the way to one peer.
 #[derive(Default)]
@@ -44,6 +47,9 @@ pub struct Link {
     unreached: Vec<PeerAddress>,
     retry_at_ns: u64,
     desc: Option<*mut sys::spdk_bdev_desc>,
+    /// When the reset that is under way began.
+    reset_at_ns: Option<u64>,
+    deletion: Deletion,
 }
 
 impl Link {
@@ -72,6 +78,15 @@ enum LinkState {
     Closing,
     /// Waits for a path that is being connected, then for the controller to go.
     Deleting,
+}
+
+/// Of the controller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Deletion {
+    #[default]
+    None,
+    Begun,
+    Ended,
 }
 
 thread_local! {
@@ -198,9 +213,14 @@ pub fn poll(state: &mut State) {
         return;
     }
     state.node.next_path_ns = now_ns + PATH_LOOK_NS;
-    let mut due = Vec::new();
+    let (mut due, mut overdue) = (Vec::new(), Vec::new());
     for control in &mut state.node.controls {
+        let is_ending = state.node.frozen.is_ending || control.deleting;
         for (slot, link) in control.links.iter_mut().enumerate() {
+            let is_late = |began_ns| now_ns >= began_ns + RESET_PATIENCE_NS;
+            if is_ending && link.reset_at_ns.is_some_and(is_late) {
+                overdue.push((control.volume, slot));
+            }
             let is_due = link.state == LinkState::Up && now_ns >= link.retry_at_ns;
             if is_due && link.connecting.is_none() && !link.unreached.is_empty() {
                 link.untried.extend(link.unreached.drain(..));
@@ -208,9 +228,39 @@ pub fn poll(state: &mut State) {
             }
         }
     }
+    for (volume, slot) in overdue {
+        cut_short(state, volume, slot);
+    }
     for (volume, slot) in due {
         connect_next(state, volume, slot);
     }
+}
+
+/// A reset completes what is outstanding and then connects once more, for which it waits ten seconds where the other side
+/// takes the connection and says nothing. A link that does not come back needs no connection: its controller is on its way
+/// out before bdev_nvme can try again, and its try fails. With several paths bdev_nvme is not prepared for that order.
+fn cut_short(state: &mut State, volume: u32, slot: PeerSlot) {
+    let Some(link) = link(state, volume, slot) else {
+        return;
+    };
+    let (Some(desc), LinkState::Resetting) = (link.desc, link.state) else {
+        return;
+    };
+    if is_single(state, volume, slot) {
+        delete_controller(state, volume, slot);
+        silence::give_up(desc);
+    }
+}
+
+/// Whether the volume, or the whole application, ends: its links do not come back.
+fn is_ending(state: &mut State, volume: u32) -> bool {
+    let is_deleted = |control: &mut Control| control.deleting;
+    state.node.frozen.is_ending || state.node.control(volume).is_some_and(is_deleted)
+}
+
+/// Whether there is one path to the peer.
+fn is_single(state: &mut State, volume: u32, slot: PeerSlot) -> bool {
+    link(state, volume, slot).is_some_and(|link| link.transport.alternate_addresses.is_empty())
 }
 
 unsafe extern "C" fn event(
@@ -332,7 +382,7 @@ pub fn close(state: &mut State, volume: u32, slot: PeerSlot, reason: &str) {
     }
 }
 
-/// No core submits any more; then the bdev is reset if anything is outstanding.
+/// No core submits any more; then the bdev is reset if anything is outstanding, or waits for the reset that bdev_nvme does.
 fn reset(volume: u32, slot: PeerSlot) {
     let is_outstanding = Arc::new(AtomicBool::new(false));
     let found = Arc::clone(&is_outstanding);
@@ -346,16 +396,20 @@ fn reset(volume: u32, slot: PeerSlot) {
             }
         },
         move |state| {
-            if !is_outstanding.load(Ordering::Relaxed) {
-                // A reset would connect once more first.
-                return drain(state, volume, slot);
-            }
             let queue = state
                 .volume(volume)
                 .and_then(|this| this.context.queues[slot]);
             let Some(queue) = queue else {
                 return drain(state, volume, slot);
             };
+            let waits = is_outstanding.load(Ordering::Relaxed)
+                || is_single(state, volume, slot)
+                    && (!queue.is_patient || is_ending(state, volume))
+                    && silence::is_connecting(queue.desc);
+            if !waits {
+                // A reset would connect once more first.
+                return drain(state, volume, slot);
+            }
             let argument = (volume as usize) << 8 | slot;
             // SAFETY: the channel is this core's, and stays until the reset has ended.
             let result = unsafe {
@@ -368,6 +422,8 @@ fn reset(volume: u32, slot: PeerSlot) {
             };
             if result != 0 {
                 drain(state, volume, slot);
+            } else if let Some(link) = link(state, volume, slot) {
+                link.reset_at_ns = Some(super::context::now_ns());
             }
         },
     );
@@ -382,10 +438,14 @@ unsafe extern "C" fn was_reset(io: *mut sys::spdk_bdev_io, _: bool, argument: *m
     }
 }
 
-/// Every core gives its channel back when its last command has ended; then the controller goes.
+/// Every core gives its channel back when its last command has ended, and the controller goes.
 fn drain(state: &mut State, volume: u32, slot: PeerSlot) {
     if let Some(link) = link(state, volume, slot) {
         link.state = LinkState::Closing;
+        link.reset_at_ns = None;
+        // Before the channels, since bdev_nvme soon resets by itself what has failed, and a controller that is being
+        // reset stays.
+        delete_controller(state, volume, slot);
     }
     drain_core(0, volume, slot);
 }
@@ -437,13 +497,22 @@ fn delete(state: &mut State, volume: u32, slot: PeerSlot) {
         return;
     };
     link.state = LinkState::Deleting;
-    if link.connecting.is_some() {
-        // It would make the controller anew; `connected` goes on from here.
-        return;
-    }
-    if !link.has_controller {
+    if link.connecting.is_none() && (!link.has_controller || link.deletion == Deletion::Ended) {
         return is_down(state, volume, slot);
     }
+    delete_controller(state, volume, slot);
+}
+
+/// Has bdev_nvme take the controller away, once; it is gone when its bdev has been closed, too.
+fn delete_controller(state: &mut State, volume: u32, slot: PeerSlot) {
+    let Some(link) = link(state, volume, slot) else {
+        return;
+    };
+    if link.connecting.is_some() || link.deletion != Deletion::None {
+        // A path that is being connected would make the controller anew; `connected` goes on from here.
+        return;
+    }
+    link.deletion = Deletion::Begun;
     let name = CString::new(link.controller.clone()).unwrap_or_default();
     let every_path = [0_u64; PATH_ID_BYTES / 8];
     let argument = (volume as usize) << 8 | slot;
@@ -458,14 +527,24 @@ fn delete(state: &mut State, volume: u32, slot: PeerSlot) {
     };
     if result != 0 {
         // It is gone already.
-        is_down(state, volume, slot);
+        controller_deleted(state, volume, slot);
     }
 }
 
 unsafe extern "C" fn deleted(argument: *mut c_void, _: c_int) {
     let (volume, slot) = (argument as usize >> 8, argument as usize & 0xff);
     if let Some(core) = manager_core() {
-        core.send(move |state| is_down(state, volume as u32, slot));
+        core.send(move |state| controller_deleted(state, volume as u32, slot));
+    }
+}
+
+fn controller_deleted(state: &mut State, volume: u32, slot: PeerSlot) {
+    let Some(link) = link(state, volume, slot) else {
+        return;
+    };
+    link.deletion = Deletion::Ended;
+    if link.state == LinkState::Deleting {
+        is_down(state, volume, slot);
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! `module` is what SPDK calls; `core` is a CPU and how anything gets in, `volume` the engine there, `io` what it asks of
 //! bdevs. On core 0, `node` takes requests, `opening` looks at backing bdevs, `lifecycle` makes and ends volumes, `link`
-//! reaches peers and `endpoint` lets them in; `frozen` looks after what does not answer; `role` and `ana` tell hosts which node serves.
+//! reaches peers and `endpoint` lets them in; `frozen` and `silence` look after what does not answer; `role` and `ana` tell hosts which node serves.
 
 mod access;
 mod ana;
@@ -27,6 +27,7 @@ mod opening;
 mod part;
 mod role;
 mod rpc;
+mod silence;
 pub mod sys;
 mod trace;
 mod volume;
