@@ -5,6 +5,7 @@
 //! - [`volume`]: what all cores share; [`range_lock`], [`atomic_bits`] and [`duplicates`] are made of atomics.
 //! - [`bitmap`], [`meta`], [`peer`]: what a peer misses, what is on disk, what is on the wire.
 //! - [`open`]: a backing device before there is a volume.
+//! - [`mutation`]: breaks, for the test that shows that the simulator notices each.
 
 #![forbid(unsafe_code)]
 
@@ -15,6 +16,7 @@ pub mod duplicates;
 pub mod manager;
 pub mod message;
 pub mod meta;
+pub mod mutation;
 pub mod open;
 pub mod peer;
 pub mod range_lock;

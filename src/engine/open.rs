@@ -13,6 +13,7 @@ use crate::engine::meta::foreign::{END_BYTES, FRONT_BYTES, recognise};
 use crate::engine::meta::format::{FormatError, FormatParams, check_occupied, erase_plan, format};
 use crate::engine::meta::layout::{Placement, superblock_places};
 use crate::engine::meta::superblock::{PickError, Superblock, SuperblockError, pick};
+use crate::engine::mutation::{self, Mutation};
 use crate::host::{Completion, Data, DiskIo, DiskOp, Host, IoStatus, Token};
 
 /// Bytes of one read or write of metadata.
@@ -398,7 +399,10 @@ impl<H: Host> Opener<H> {
         for (channel, bytes) in self.rings.chunks_exact(ring_bytes).enumerate() {
             let id = RingId::new(&superblock.volume_uuid, channel as u16);
             let found = ring::recover(bytes, id, layout.al_extent_count());
-            active_extents.extend(found.extents);
+            let is_last = (channel + 1) * ring_bytes == self.rings.len();
+            if !(is_last && mutation::is(Mutation::RingLost)) {
+                active_extents.extend(found.extents);
+            }
             log_numbers.push(found.next_number);
             log_damaged |= found.damaged;
         }

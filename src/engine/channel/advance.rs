@@ -3,6 +3,7 @@
 use super::Channel;
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{Drain, ToManager};
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::state::{DiskState, Role};
 use crate::engine::request::{LOCAL_MASK, Origin, Request, RequestKind, Stage, pieces_of};
@@ -140,7 +141,9 @@ impl<H: Host> Channel<H> {
         let Some(request) = self.requests.get_mut(index) else {
             return Step::Leave;
         };
-        if self.view.disk_is_usable() {
+        let elsewhere =
+            mutation::is(Mutation::FlushWithoutDisk) && self.view.read_source(0).is_some();
+        if self.view.disk_is_usable() && !elsewhere {
             request.unsent |= LOCAL_MASK;
         }
         if self.view.disk == DiskState::UpToDate {
@@ -167,7 +170,10 @@ impl<H: Host> Channel<H> {
             .granules_of(request.lba, request.blocks);
         let lock = &self.shared.range_lock;
         let patient = request.lock_failures < RESERVE_AFTER;
-        let taken = if patient {
+        let unlocked = mutation::is(Mutation::RangeAlwaysFree);
+        let taken = if unlocked {
+            true
+        } else if patient {
             lock.try_lock(granules)
         } else if request.kind == RequestKind::ResyncRead {
             request.pressing = true;
@@ -188,7 +194,7 @@ impl<H: Host> Channel<H> {
             }
             return Step::Wait;
         }
-        request.locked = true;
+        request.locked = !unlocked;
         // With the lock the waiting has ended.
         request.reserved = false;
         request.pressing = false;
@@ -218,7 +224,9 @@ impl<H: Host> Channel<H> {
                 Ok(transaction) => request.logged = Some(transaction),
                 Err(joined) => {
                     request.logged = joined;
-                    return Step::Wait;
+                    if !mutation::is(Mutation::WriteBeforeLog) || joined.is_none() {
+                        return Step::Wait;
+                    }
                 }
             }
         }
@@ -247,14 +255,15 @@ impl<H: Host> Channel<H> {
                 self.assign_peers(index, lba, blocks);
             }
             Origin::Peer { slot, session, .. } => {
-                if session != self.view.peers[slot].recv_session {
+                let any = mutation::is(Mutation::AnySession);
+                if session != self.view.peers[slot].recv_session && !any {
                     return self.end_received(cx, index, PeerAnswer::Fenced);
                 }
                 if !self.view.disk_is_usable() {
                     self.miss(index, slot);
                     return self.end_received(cx, index, PeerAnswer::DiskError);
                 }
-                if self.view.peers[slot].diskless {
+                if self.view.peers[slot].diskless && !mutation::is(Mutation::DisklessWithoutBit) {
                     // The sender has no disk: what it writes here, that disk lacks.
                     self.miss(index, slot);
                 }
@@ -300,7 +309,9 @@ impl<H: Host> Channel<H> {
                     }
                 }
             } else {
-                self.miss(index, slot);
+                if !mutation::is(Mutation::AbsentPeerWithoutBit) {
+                    self.miss(index, slot);
+                }
                 if peer.is_noticed() {
                     self.notices[slot].queued.push_back((lba, blocks));
                 }
@@ -389,7 +400,7 @@ impl<H: Host> Channel<H> {
             .filter(|&slot| request.missed & (1 << slot) != 0)
             .filter(|&slot| self.view.peers[slot].configured && !self.view.peers[slot].may_miss)
             .fold(0u8, |mask, slot| mask | 1 << slot);
-        if unsettled != 0 {
+        if unsettled != 0 && !mutation::is(Mutation::CompleteWithoutGeneration) {
             self.need_generation(cx, unsettled);
             return Step::Wait;
         }

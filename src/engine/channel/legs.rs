@@ -3,6 +3,7 @@
 use super::{Channel, TOKEN_KIND, TOKEN_NOTICE};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::ToManager;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{Range, RangesBody};
 use crate::engine::peer::command::{PeerCommand, Span, WriteOrder};
@@ -231,7 +232,9 @@ impl<H: Host> Channel<H> {
                 if let Some(request) = self.requests.get_mut(index) {
                     request.drop_peer(slot);
                 }
-                self.miss(index, slot);
+                if !mutation::is(Mutation::UnansweredWithoutBit) {
+                    self.miss(index, slot);
+                }
             }
         }
         self.enqueue(index);
@@ -330,6 +333,9 @@ impl<H: Host> Channel<H> {
 fn disk_op(kind: RequestKind) -> DiskOp {
     match kind {
         RequestKind::Read | RequestKind::ResyncRead => DiskOp::Read,
+        _ if mutation::is(Mutation::FuaDropped) && kind == (RequestKind::Write { fua: true }) => {
+            DiskOp::Write { fua: false }
+        }
         RequestKind::Write { fua } => DiskOp::Write { fua },
         RequestKind::WriteZeroes { fua } => DiskOp::WriteZeroes { fua },
         // Read back as zeroes: the replicas would differ after an unmap on devices that do not promise that.

@@ -5,6 +5,7 @@ use super::Channel;
 use crate::engine::MAX_PEERS;
 use crate::engine::duplicates::{Begin, DuplicateWindow};
 use crate::engine::message::ToManager;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::{PeerCommand, WriteOrder};
 use crate::engine::peer::state::DiskState;
@@ -85,6 +86,7 @@ impl<H: Host> Channel<H> {
             let reads = kind == RequestKind::ResyncRead;
             match self.window(slot, kind).begin(sequence) {
                 Begin::Fresh => {}
+                Begin::Applied if !reads && mutation::is(Mutation::RepeatedWrite) => {}
                 // Its data went with the first answer. Reading again would leave an entry in `served` that nothing
                 // takes back if a write has come meanwhile, so it has to be asked for anew.
                 Begin::Applied | Begin::TooOld if reads => {
@@ -126,7 +128,11 @@ impl<H: Host> Channel<H> {
 
     /// The peer whose current session this is.
     fn sender(&self, session: u32) -> Option<PeerSlot> {
-        (0..MAX_PEERS).find(|&slot| session != 0 && self.view.peers[slot].recv_session == session)
+        let is_current = |slot: PeerSlot| self.view.peers[slot].recv_session == session;
+        let is_any = |slot: PeerSlot| {
+            mutation::is(Mutation::AnySession) && self.view.peers[slot].recv_session != 0
+        };
+        (0..MAX_PEERS).find(|&slot| session != 0 && (is_current(slot) || is_any(slot)))
     }
 
     fn admits(

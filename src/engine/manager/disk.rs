@@ -6,6 +6,7 @@ use super::steps::{DiskStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{DiskStart, Drain, OrderError, OrderErrorKind, ToChannel};
 use crate::engine::meta::superblock::PersistedDisk;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::open::Opened;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::engine::volume::EXTENT_BYTES;
@@ -26,6 +27,9 @@ impl<H: Host> Manager<H> {
         self.superblock = opened.superblock;
         self.durable = self.superblock.generations.clone();
         for (slot, index, page) in opened.pages {
+            if mutation::is(Mutation::PagesForgotten) {
+                break;
+            }
             self.masters[slot].adopt_page(index, page);
         }
         for &(slot, index) in &opened.damaged_pages {
@@ -158,7 +162,7 @@ impl<H: Host> Manager<H> {
     /// A peer has been compared with, or none can be.
     pub(super) fn end_reattach(&mut self, cx: &mut H) {
         if self.reattach_until_ns.take().is_some() {
-            self.view.suspended = false;
+            self.view.suspended = mutation::is(Mutation::SuspendedForEver);
             self.adopt(cx, Then::Nothing);
         }
     }

@@ -6,6 +6,7 @@ use super::peer::Exchange;
 use super::steps::{SessionStep, Then};
 use crate::engine::bitmap::geometry::Granularity;
 use crate::engine::bitmap::{convert, wire};
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{RangesBody, SyncStartBody};
 use crate::engine::peer::command::PeerCommand;
@@ -105,6 +106,9 @@ impl<H: Host> Manager<H> {
         });
         if decoded.is_err() {
             return self.answer(cx, reply, PeerAnswer::Malformed);
+        }
+        if mutation::is(Mutation::BitmapIgnored) {
+            pages.clear();
         }
         for (index, page) in pages {
             convert::or_converted(&mut self.masters[slot], to, from, index, &page);

@@ -7,6 +7,7 @@ use super::peer::{Asked, Decided, Link};
 use super::pull;
 use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::handshake::{Decision, Outcome, Rule, decide};
@@ -45,7 +46,8 @@ impl<H: Host> Manager<H> {
         let Some(said) = peer.my_hello else {
             return true;
         };
-        if peer.link != Link::Open || peer.established {
+        if peer.link != Link::Open || peer.established || mutation::is(Mutation::DecisionNeverVoid)
+        {
             return true;
         }
         // Bits are looked at again when the state has been entered.
@@ -170,7 +172,9 @@ impl<H: Host> Manager<H> {
                 self.try_confirm(cx, slot);
             }
             PeerAnswer::NotYet | PeerAnswer::Busy => self.peers[slot].hello = Asked::Again,
-            PeerAnswer::Refused(code @ (SPLIT_BRAIN | UNRELATED)) => {
+            PeerAnswer::Refused(code @ (SPLIT_BRAIN | UNRELATED))
+                if !mutation::is(Mutation::SplitBrainOverlooked) =>
+            {
                 let text = if code == SPLIT_BRAIN {
                     "SplitBrain: found by the peer"
                 } else {
@@ -273,7 +277,15 @@ impl<H: Host> Manager<H> {
         };
         let session = session_id(mine.nonce, theirs.nonce);
         if peer.session == 0 {
-            let decision = decide(&mine, &theirs);
+            let mut decision = decide(&mine, &theirs);
+            let overlooked = match decision.outcome {
+                Outcome::SplitBrain => mutation::is(Mutation::SplitBrainOverlooked),
+                Outcome::SyncSource { .. } => mutation::is(Mutation::DecisionUnmirrored),
+                _ => false,
+            };
+            if overlooked && mine.node_id < theirs.node_id {
+                decision.outcome = Outcome::InSync;
+            }
             peer.decided = Some(Decided {
                 mine: mine.nonce,
                 theirs: theirs.nonce,

@@ -7,6 +7,7 @@ use crate::engine::MAX_PEERS;
 use crate::engine::meta::bitmap_page;
 use crate::engine::meta::block::{BLOCK_SIZE, Block};
 use crate::engine::meta::generation::Generations;
+use crate::engine::mutation::{self, Mutation};
 use crate::host::{Data, DiskIo, DiskOp, Host, IoStatus};
 
 /// Page writes in flight.
@@ -119,7 +120,7 @@ impl<H: Host> Manager<H> {
             writer.thens.append(&mut writer.want_pages);
             writer.job = Some(Job::Pages {
                 todo,
-                flushed: false,
+                flushed: mutation::is(Mutation::RetireWithoutFlush),
             });
             return true;
         }

@@ -37,6 +37,7 @@ use crate::engine::bitmap::master::Master;
 use crate::engine::channel::TOKEN_MANAGER;
 use crate::engine::message::{OrderId, ToChannel, ToManager};
 use crate::engine::meta::superblock::Superblock;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::state::{DiskState, Role};
@@ -196,7 +197,11 @@ impl<H: Host> Manager<H> {
             ToManager::Drained(channel, id) => self.steps.answered(channel, id, &mut self.ready),
             ToManager::Retire(channel, extents, pages) => {
                 self.merge(pages);
-                self.commit_pages(cx, Then::Retire(channel, extents));
+                if mutation::is(Mutation::RetireWithoutPages) {
+                    self.ready.push_back(Then::Retire(channel, extents));
+                } else {
+                    self.commit_pages(cx, Then::Retire(channel, extents));
+                }
             }
             ToManager::NeedGeneration(slots) => self.need_generation(cx, slots),
             ToManager::PeerLost(slot, session) => {
@@ -311,7 +316,7 @@ impl<H: Host> Manager<H> {
         match then {
             Then::Nothing => {}
             Then::Retire(channel, extents) => {
-                if self.view.disk_is_usable() {
+                if self.view.disk_is_usable() && !mutation::is(Mutation::LogStaysFull) {
                     cx.to_channel(channel, ToChannel::Retired(extents));
                 }
             }

@@ -7,6 +7,7 @@ use crate::engine::MAX_PEERS;
 use crate::engine::message::{Drain, OrderError, OrderErrorKind, OrderId, OrderOutcome};
 use crate::engine::meta::generation::{JUST_CREATED, from_random};
 use crate::engine::meta::superblock;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::host::{Host, PeerAddress, PeerSlot};
@@ -370,7 +371,10 @@ impl<H: Host> Manager<H> {
         for order in &self.orders {
             match order.work {
                 Work::Promote { force } => retry.push((order.id, force)),
-                Work::Promoting { waiting, .. } if now >= order.deadline_ns => {
+                Work::Promoting { waiting, .. }
+                    if now >= order.deadline_ns
+                        && !mutation::is(Mutation::PromotionWaitsForLost) =>
+                {
                     let text = format!("the peers in slots {waiting:#b} did not answer; try again");
                     ended.push((order.id, busy(text)));
                 }

@@ -7,6 +7,7 @@ use super::steps::{OrderStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{OrderId, OrderOutcome};
 use crate::engine::meta::generation::{Generations, JUST_CREATED, from_random};
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{ChangeKind, PrepareBody};
 use crate::engine::peer::command::PeerCommand;
@@ -32,6 +33,7 @@ impl<H: Host> Manager<H> {
             return Some(busy("the volume is being demoted or detached; try again"));
         }
         let refusal = self.promote_refusal(force);
+        let refusal = refusal.filter(|_| !mutation::is(Mutation::PromoteUnasked));
         let order = self.orders.iter_mut().find(|order| order.id == id)?;
         let promoting = self.peers.iter().any(|peer| peer.promoting.is_some());
         match refusal {
@@ -41,7 +43,7 @@ impl<H: Host> Manager<H> {
             None => {}
         }
         let waiting = (0..MAX_PEERS)
-            .filter(|&slot| self.peers[slot].established)
+            .filter(|&slot| self.peers[slot].established && !mutation::is(Mutation::PromoteUnasked))
             .fold(0u8, |mask, slot| mask | 1 << slot);
         order.work = Work::Promoting { force, waiting };
         for slot in 0..MAX_PEERS {
@@ -213,6 +215,7 @@ impl<H: Host> Manager<H> {
         for order in &mut self.orders {
             if let Work::Promoting { waiting, .. } = &mut order.work
                 && *waiting & (1 << slot) != 0
+                && !mutation::is(Mutation::PromotionWaitsForLost)
             {
                 *waiting &= !(1 << slot);
                 ids.push(order.id);

@@ -5,6 +5,7 @@ use super::known::Known;
 use super::outbox::Call;
 use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::StateBody;
 use crate::engine::peer::command::PeerCommand;
@@ -93,6 +94,7 @@ impl<H: Host> Manager<H> {
         if let Some(sequence) = sequence {
             match self.peers[slot].known.begin(sequence, reply) {
                 Known::New => {}
+                Known::Answered(_) if mutation::is(Mutation::RepeatedControl) => {}
                 Known::Joined => return,
                 Known::Answered(answer) => return self.answer(cx, reply, answer),
                 Known::TooOld => return self.answer(cx, reply, PeerAnswer::Fenced),

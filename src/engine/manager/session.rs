@@ -8,6 +8,7 @@ use super::peer::{Asked, Exchange, Link};
 use super::steps::{FenceStep, SessionStep, Then};
 use crate::engine::message::Drain;
 use crate::engine::meta::superblock::PersistedDisk;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::handshake::Outcome;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
@@ -86,7 +87,8 @@ impl<H: Host> Manager<H> {
 
     fn may_open_link(&self, slot: PeerSlot) -> bool {
         let peer = &self.peers[slot];
-        peer.wanted && !peer.draining && !self.closing && peer.address.is_some()
+        let never = mutation::is(Mutation::LinkNeverOpenedAgain) && peer.epoch > 0;
+        peer.wanted && !peer.draining && !self.closing && peer.address.is_some() && !never
     }
 
     fn open_link(&mut self, cx: &mut H, slot: PeerSlot) {

@@ -4,6 +4,7 @@
 
 use super::{PRESS_AFTER, Piece, PullIo, RETRY_NS, Stage};
 use crate::engine::manager::{Manager, ManagerIo};
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::{PeerCommand, Span};
 use crate::engine::volume::GRANULE_BYTES;
@@ -129,7 +130,7 @@ impl<H: Host> Manager<H> {
 
     /// Under the range lock no write can come in between: what has no mark now is older than what was fetched.
     fn lock_piece(&mut self, cx: &mut H, index: usize) {
-        if !self.piece_takes_range(index) {
+        if !mutation::is(Mutation::ResyncWriteUnlocked) && !self.piece_takes_range(index) {
             return;
         }
         let geometry = self.shared.geometry;
@@ -193,6 +194,9 @@ impl<H: Host> Manager<H> {
                 };
                 writes.push((disk_io(start, end, part.is_some()), part));
             }
+        }
+        if mutation::is(Mutation::ReportUnwritten) {
+            writes.clear();
         }
         piece.stage = Stage::Write(0, writes);
         self.write_piece(cx, index);
@@ -297,7 +301,9 @@ impl<H: Host> Manager<H> {
     }
 
     pub(super) fn piece_unlock(&self, index: usize) {
-        if let Some(piece) = &self.puller.pieces[index] {
+        if let Some(piece) = &self.puller.pieces[index]
+            && !mutation::is(Mutation::ResyncWriteUnlocked)
+        {
             let granules = self.shared.geometry.granules_of(piece.lba, piece.blocks);
             self.shared.range_lock.unlock(granules);
         }

@@ -2,8 +2,10 @@
 
 use super::{Event, MANAGER, OPENER, What, World};
 use crate::engine::channel::TOKEN_MANAGER;
+use crate::engine::manager::PeerReport;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::{DataDirection, PeerCommand, data_direction, opcode};
+use crate::engine::peer::state::ConnState;
 use crate::host::{Completion, Data, DiskIo, DiskOp, IoStatus, PeerAddress, Token};
 use crate::hosts::sim::link::{LinkState, Outstanding, PeerIo, Transit};
 use crate::hosts::sim::memory::{Bytes, Payload};
@@ -151,7 +153,26 @@ impl World {
                 self.count_order(node, id, &outcome);
                 let earlier = self.nodes[node].outcomes.insert(id, outcome);
                 assert!(earlier.is_none(), "[I10] order {id} ended twice");
+                self.check_one_primary(node);
             }
+        }
+    }
+
+    /// Of two nodes that both say that they are connected with each other, one is Primary at most.
+    fn check_one_primary(&self, node: usize) {
+        let is_connected = |one: usize, other: usize| {
+            let peers = self.state(one).peers;
+            let of_other = |peer: &&PeerReport| usize::from(peer.node_id) == other;
+            let found = peers.iter().find(of_other);
+            found.is_some_and(|peer| peer.conn == ConnState::Connected)
+        };
+        for other in (0..self.nodes.len()).filter(|&other| other != node) {
+            let both = self.is_primary(node) && self.is_primary(other);
+            assert!(
+                !both || !is_connected(node, other) || !is_connected(other, node),
+                "[I8] nodes {node} and {other} are Primary and connected\n{}",
+                self.describe()
+            );
         }
     }
 

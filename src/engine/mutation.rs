@@ -1,0 +1,112 @@
+//! Deliberate breaks of the engine, one for each rule that holds an invariant up. `tests/mutations.rs` makes one at a time
+//! and shows that the simulator notices. Without the feature `mutations` none of them can be made and nothing is left
+//! of them in the code; the engine asks [`is`] at the place that a break changes.
+
+macro_rules! mutations {
+    ($($(#[doc = $what:literal])+ $name:ident: $invariant:literal,)+) => {
+        /// A break: what is done instead of the right thing.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Mutation {
+            $($(#[doc = $what])+ $name,)+
+        }
+
+        impl Mutation {
+            /// In the order of the invariants.
+            pub const ALL: &[Mutation] = &[$(Mutation::$name),+];
+
+            /// The invariant that no longer holds.
+            pub fn invariant(self) -> &'static str {
+                match self {
+                    $(Mutation::$name => $invariant,)+
+                }
+            }
+        }
+    };
+}
+
+mutations! {
+    /// A write for a peer that is not there sets no bit.
+    AbsentPeerWithoutBit: "I1",
+    /// A write that the lost session has not answered sets no bit.
+    UnansweredWithoutBit: "I1",
+    /// A write starts before its extents are in the activity log.
+    WriteBeforeLog: "I1",
+    /// Recovery leaves out the last of the activity log's rings.
+    RingLost: "I1",
+    /// Attach does not look at the bitmaps on disk.
+    PagesForgotten: "I1",
+    /// An extent leaves the activity log before its bits are on disk.
+    RetireWithoutPages: "I1",
+    /// An extent leaves the activity log before the device is flushed.
+    RetireWithoutFlush: "I1",
+    /// A flush does not go to the local disk when there are peers.
+    FlushWithoutDisk: "I1",
+    /// The disks are not told of FUA.
+    FuaDropped: "I1",
+    /// What is written here for a Primary without a disk sets no bit for its disk.
+    DisklessWithoutBit: "I1",
+    /// A write completes without a generation that says which peer missed it.
+    CompleteWithoutGeneration: "I2",
+    /// The range lock is granted to everybody.
+    RangeAlwaysFree: "I4",
+    /// A resync writes without the range lock.
+    ResyncWriteUnlocked: "I4",
+    /// A peer's writes are taken whatever their session is.
+    AnySession: "I5",
+    /// A write that a transport delivers again is carried out again.
+    RepeatedWrite: "I5",
+    /// Any other command that a transport delivers again is carried out again.
+    RepeatedControl: "I5",
+    /// A bitmap that a peer sends is not ORed.
+    BitmapIgnored: "I6",
+    /// A target reports blocks that it has fetched and not written.
+    ReportUnwritten: "I7",
+    /// The node with the lower number takes a resync from it for equal data.
+    DecisionUnmirrored: "I8",
+    /// A decision stays when what was told before it has changed.
+    DecisionNeverVoid: "I8",
+    /// A node is promoted whatever its peers are.
+    PromoteUnasked: "I8",
+    /// The node with the lower number takes a split brain for equal data.
+    SplitBrainOverlooked: "I9",
+    /// A Primary whose disk is attached again takes up no I/O.
+    SuspendedForEver: "I10",
+    /// A promotion goes on waiting for a peer that is lost.
+    PromotionWaitsForLost: "I10",
+    /// Extents never leave the activity log.
+    LogStaysFull: "I10",
+    /// A link that was lost is not opened again.
+    LinkNeverOpenedAgain: "I10",
+}
+
+/// Whether this break is made on this thread.
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+pub const fn is(_: Mutation) -> bool {
+    false
+}
+
+#[cfg(feature = "mutations")]
+pub use made::{is, set};
+
+#[cfg(feature = "mutations")]
+mod made {
+    use std::cell::Cell;
+
+    use super::Mutation;
+
+    thread_local! {
+        /// The one thread-local of the engine, for tests that run worlds with different breaks side by side.
+        static MADE: Cell<Option<Mutation>> = const { Cell::new(None) };
+    }
+
+    /// Makes a break on this thread, and only that one; or none.
+    pub fn set(mutation: Option<Mutation>) {
+        MADE.set(mutation);
+    }
+
+    /// Whether this break is made on this thread.
+    pub fn is(mutation: Mutation) -> bool {
+        MADE.get() == Some(mutation)
+    }
+}
