@@ -81,6 +81,30 @@ impl Disk {
         out
     }
 
+    /// What a power loss cannot take away, or the oldest of what it can bring back.
+    pub fn read_durable(&self, bytes: Range<u64>) -> Vec<u8> {
+        let mut out = self.read(bytes.clone());
+        let sectors = bytes.start / self.sector..bytes.end.div_ceil(self.sector);
+        for (sector, versions) in self.unflushed.range(sectors) {
+            let start = sector * self.sector;
+            let from = (start - bytes.start) as usize;
+            out[from..from + self.sector as usize].copy_from_slice(&versions[0].1);
+        }
+        out
+    }
+
+    /// Where pages begin that two devices do not have in common.
+    pub fn different_pages(&self, other: &Disk, bytes: Range<u64>) -> Vec<u64> {
+        let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
+        let touched = self.pages.range(pages.clone());
+        let touched = touched.chain(other.pages.range(pages));
+        let mut numbers: Vec<u64> = touched.map(|(&page, _)| page).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers.retain(|&page| self.page(page) != other.page(page));
+        numbers.into_iter().map(|page| page * PAGE).collect()
+    }
+
     fn content(&self, bytes: Range<u64>) -> Bytes {
         let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
         if self.pages.range(pages).next().is_none() {

@@ -6,6 +6,7 @@ mod checks;
 mod deliver;
 pub(super) mod disk_faults;
 mod faults;
+mod findable;
 mod polls;
 mod repeat;
 mod trace;

@@ -15,6 +15,8 @@ use crate::hosts::sim::world::{Config, MS, SECOND, World, address};
 const LOOK_NS: u64 = 2 * MS;
 /// How long two nodes that cannot go together have to say so, once they can talk.
 const REPORT_NS: u64 = 15 * SECOND;
+/// Disks are looked at after one deed in so many.
+const CHECK_ONE_IN: u64 = 4;
 /// A run lasts this long at least.
 const RUN_NS: u64 = 60 * SECOND;
 
@@ -34,6 +36,7 @@ pub fn run(schedule: &Schedule, trace: bool) -> Outcome {
     for planned in &schedule.deeds {
         run.advance(run.began_ns + planned.at_us * 1000);
         run.perform(&planned.deed);
+        run.check_replicas();
     }
     run.end()
 }
@@ -181,6 +184,15 @@ impl Run {
         if is_up(&self.world, node) {
             self.world.order(node, order);
         }
+    }
+
+    /// Now and then all disks are looked at.
+    fn check_replicas(&self) {
+        if self.reckless || self.world.steps % CHECK_ONE_IN != 0 {
+            return;
+        }
+        self.world.check_findable();
+        self.world.check_idle_replicas();
     }
 
     fn perform(&mut self, deed: &Deed) {

@@ -9,6 +9,9 @@ use crate::hosts::sim::memory::{Bytes, Payload};
 
 use super::AppWork;
 
+/// One write in so many is looked for on all disks when it ends.
+const LOOKS_ONE_IN: u64 = 4;
+
 impl World {
     /// Submits an I/O and returns its number.
     pub fn submit(
@@ -96,6 +99,10 @@ impl World {
         match kind {
             RequestKind::Write { fua } | RequestKind::WriteZeroes { fua } => {
                 self.ledger.acknowledged(id, lba, blocks, fua);
+                let is_write = matches!(kind, RequestKind::Write { .. });
+                if is_write && self.checks_content && id % LOOKS_ONE_IN == 0 {
+                    self.check_generation(node, id, lba);
+                }
             }
             RequestKind::Unmap => self.ledger.acknowledged(id, lba, blocks, false),
             RequestKind::Flush => self.ledger.flushed(mark),

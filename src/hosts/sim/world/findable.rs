@@ -1,0 +1,236 @@
+//! What a crash of any node leaves: read from the disks alone, as a node reads its own when it starts, and compared with
+//! each other. Called at moments that the run chooses. Nothing here changes the run.
+
+use super::{OPENER, World};
+use crate::engine::bitmap::page::{BITS_PER_PAGE, Page};
+use crate::engine::meta::generation::Generations;
+use crate::engine::meta::superblock::PersistedDisk;
+use crate::engine::open::{Goal, Opened, Opener};
+use crate::engine::peer::answer::PeerAnswer;
+use crate::engine::peer::state::{ConnState, DiskState};
+use crate::engine::volume::EXTENT_BYTES;
+use crate::host::{Completion, Data, IoStatus};
+use crate::hosts::sim::ledger::identify;
+use crate::hosts::sim::memory::{Buffer, Bytes};
+use crate::hosts::sim::node::{Action, Core};
+
+const DATA_OFFSET: u64 = 1 << 20;
+
+impl World {
+    /// What a node that starts now finds on its disk; `None` if it is none of this volume, or damaged.
+    fn recovered(&self, node: usize) -> Option<Opened> {
+        let disk = &self.nodes[node].disk;
+        let mut opener = Opener::new(Goal::Any, OPENER, disk.size_bytes());
+        let mut core = Core {
+            scarcity_percent: 0,
+            ..self.core(node)
+        };
+        loop {
+            opener.poll(&mut core).ok()?;
+            let Some(Action::Disk(token, io, _)) = core.actions.pop() else {
+                return None;
+            };
+            let bytes = disk.read_durable(io.offset..io.offset + io.len);
+            let completion = Completion {
+                token,
+                status: IoStatus::Ok,
+                answer: PeerAnswer::Ok,
+                data: Data::Buffer(Buffer(Bytes::Held(bytes))),
+            };
+            if let Some(opened) = opener.complete(completion).ok()? {
+                return Some(opened);
+            }
+        }
+    }
+
+    /// I1 and I7: wherever two replicas differ, one of the two knows, whatever crashes now. To be asked only while no data
+    /// was given up.
+    pub fn check_findable(&self) {
+        let nodes = self.nodes.len();
+        let found: Vec<Option<Opened>> = (0..nodes).map(|node| self.recovered(node)).collect();
+        for one in 0..nodes {
+            for other in 0..one {
+                if let (Some(here), Some(there)) = (&found[one], &found[other]) {
+                    self.check_findable_between((one, here), (other, there));
+                }
+            }
+        }
+    }
+
+    fn check_findable_between(
+        &self,
+        (one, here): (usize, &Opened),
+        (other, there): (usize, &Opened),
+    ) {
+        let (Some(slot), Some(back)) = (slot_of(here, other), slot_of(there, one)) else {
+            return;
+        };
+        let is_full = |opened: &Opened, slot: usize| {
+            opened.superblock.peers[slot].is_some_and(|peer| peer.full_sync)
+        };
+        if is_full(here, slot) || is_full(there, back) {
+            return;
+        }
+        let (mine, theirs) = (&here.superblock.generations, &there.superblock.generations);
+        let keeps =
+            |of: &Generations, slot: usize, since: &Generations| of.bitmap[slot] == since.current;
+        let go_by_bitmap = mine.current == theirs.current
+            || keeps(mine, slot, theirs)
+            || keeps(theirs, back, mine);
+        if !go_by_bitmap {
+            return;
+        }
+        let bytes = DATA_OFFSET..DATA_OFFSET + self.config.volume_bytes;
+        let (first, second) = (&self.nodes[one].disk, &self.nodes[other].disk);
+        for at in first.different_pages(second, bytes) {
+            let at = at - DATA_OFFSET;
+            assert!(
+                knows(here, slot, at) || knows(there, back, at),
+                "[I1] nodes {one} and {other} differ at byte {at} of the volume, and after a crash neither would know\n{}",
+                self.describe()
+            );
+        }
+    }
+
+    /// I2: a write ends as done on a node. Whoever lacks it is durably known to be of an older generation.
+    pub(super) fn check_generation(&self, node: usize, id: u64, lba: u64) {
+        let block = u64::from(self.config.block_size);
+        let at = DATA_OFFSET + lba * block;
+        let has =
+            |node: usize| identify(&self.nodes[node].disk.read(at..at + block), lba) == Some(id);
+        // What a node that is losing its disk has said is judged by what is read afterwards.
+        let engine = self.nodes[node].engine.as_ref();
+        let has_disk = engine.is_some_and(|engine| engine.manager.disk() == DiskState::UpToDate);
+        if !has_disk || !has(node) {
+            return;
+        }
+        for other in (0..self.nodes.len()).filter(|&other| !has(other)) {
+            let (Some(here), Some(there)) = (self.recovered(node), self.recovered(other)) else {
+                continue;
+            };
+            let is_equal =
+                here.superblock.generations.current == there.superblock.generations.current;
+            assert!(
+                slot_of(&here, other).is_none()
+                    || !is_equal
+                    || there.superblock.disk != PersistedDisk::UpToDate,
+                "[I2] write {id} is done on node {node} without node {other}, which is of the same generation\n{}",
+                self.describe()
+            );
+        }
+    }
+
+    /// I6: two nodes that say of each other that all is well, with nothing under way, hold the same.
+    pub fn check_idle_replicas(&self) {
+        let is_idle = self.apps.values().all(|app| app.status.is_some())
+            && self
+                .nodes
+                .iter()
+                .all(|node| node.unanswered.is_empty() && node.disk_work.is_empty());
+        if !is_idle {
+            return;
+        }
+        let says_well = |one: usize, other: usize| {
+            self.nodes[one].engine.as_ref().is_some_and(|engine| {
+                let view = engine.manager.view();
+                let mut slots = (0..view.peers.len())
+                    .filter(|&slot| engine.manager.peer_node(slot) == Some(other as u8));
+                view.disk == DiskState::UpToDate
+                    && slots.any(|slot| {
+                        let peer = &view.peers[slot];
+                        peer.conn == ConnState::Connected && peer.has_latest()
+                    })
+            })
+        };
+        let bytes = DATA_OFFSET..DATA_OFFSET + self.config.volume_bytes;
+        for one in 0..self.nodes.len() {
+            for other in (0..one).filter(|&other| says_well(one, other) && says_well(other, one)) {
+                let (first, second) = (&self.nodes[one].disk, &self.nodes[other].disk);
+                if let Some(at) = first.first_difference(second, bytes.clone()) {
+                    panic!(
+                        "[I6] nodes {one} and {other} are connected, UpToDate and idle, and differ at byte {} of the volume\n{}",
+                        at - DATA_OFFSET,
+                        self.describe()
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn slot_of(opened: &Opened, node: usize) -> Option<usize> {
+    let peers = &opened.superblock.peers;
+    peers
+        .iter()
+        .position(|peer| peer.is_some_and(|peer| usize::from(peer.node_id) == node))
+}
+
+/// A bit of this slot or the activity log covers this byte of the volume.
+fn knows(opened: &Opened, slot: usize, at: u64) -> bool {
+    let bit = at >> opened.superblock.layout.granularity_log2();
+    let (page, bit) = (
+        (bit / u64::from(BITS_PER_PAGE)) as u32,
+        (bit % u64::from(BITS_PER_PAGE)) as u32,
+    );
+    let extent = (at / EXTENT_BYTES) as u32;
+    let has_bit = |(of, number, content): &(usize, u32, Box<Page>)| {
+        *of == slot && *number == page && content.test(bit)
+    };
+    opened.log_damaged
+        || opened.active_extents.contains(&extent)
+        || opened.damaged_pages.contains(&(slot, page))
+        || opened.pages.iter().any(has_bit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hosts::sim::world::{Config, MS};
+
+    fn pair() -> World {
+        let mut world = World::clean_cluster(1, Config::default());
+        world.promote(0);
+        world.write(0, 100, 8);
+        world.run_for(20 * MS);
+        world.check_findable();
+        world.check_idle_replicas();
+        world
+    }
+
+    #[test]
+    #[should_panic(expected = "[I1]")]
+    fn a_difference_that_nobody_knows_of_is_found() {
+        let mut world = pair();
+        // Far from what the activity logs cover.
+        world.nodes[1]
+            .disk
+            .plant(DATA_OFFSET + (32 << 20), &[1; 512]);
+        world.check_findable();
+    }
+
+    #[test]
+    #[should_panic(expected = "[I6]")]
+    fn a_difference_while_all_is_said_to_be_well_is_found() {
+        let mut world = pair();
+        world.nodes[1].disk.plant(DATA_OFFSET, &[1; 512]);
+        world.check_idle_replicas();
+    }
+
+    #[test]
+    #[should_panic(expected = "[I2]")]
+    fn a_write_that_ends_without_a_peer_of_the_same_generation_is_found() {
+        let mut world = pair();
+        let id = world.submit(
+            0,
+            0,
+            crate::engine::request::RequestKind::Write { fua: false },
+            500,
+            1,
+        );
+        world.wait_for_io();
+        world.nodes[1]
+            .disk
+            .plant(DATA_OFFSET + 500 * 512, &[0; 512]);
+        world.check_generation(0, id, 500);
+    }
+}
