@@ -400,6 +400,10 @@ impl<H: Host> Channel<H> {
             .filter(|&slot| request.missed & (1 << slot) != 0)
             .filter(|&slot| self.view.peers[slot].configured && !self.view.peers[slot].may_miss)
             .fold(0u8, |mask, slot| mask | 1 << slot);
+        if request.missed != 0 && !self.view.has_data() {
+            // Nobody is left who could remember that some have it and some have not.
+            return self.end(cx, index, AppStatus::Failed);
+        }
         if unsettled != 0 && !mutation::is(Mutation::CompleteWithoutGeneration) {
             self.need_generation(cx, unsettled);
             return Step::Wait;

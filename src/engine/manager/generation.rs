@@ -78,6 +78,12 @@ impl<H: Host> Manager<H> {
             .filter(|&slot| self.view.peers[slot].configured)
             .filter(|&slot| slots & (1 << slot) != 0 || !self.view.peers[slot].has_latest())
             .fold(0u8, |mask, slot| mask | 1 << slot);
+        let has_taker = (0..MAX_PEERS)
+            .any(|slot| missing & (1 << slot) == 0 && self.view.peers[slot].has_latest());
+        if !self.metadata.enabled && !has_taker {
+            // It would be nowhere, and the peers would be refused for not having it.
+            return;
+        }
         let needed = without_own_disk
             || (0..MAX_PEERS).any(|slot| {
                 missing & (1 << slot) != 0 && self.superblock.generations.needs_bump(slot)

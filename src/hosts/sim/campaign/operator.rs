@@ -64,6 +64,11 @@ fn holds(world: &World, node: usize, among: Nodes) -> bool {
             if !is_up(world, node) || !is_holder(other) {
                 return false;
             }
+            // Either may not have heard yet that the other fell behind.
+            let current = |node: usize| world.state(node).generations.current;
+            if current(node) != current(other) {
+                return false;
+            }
             let knows = holders(world, node) & (1 << other) != 0;
             let is_known = holders(world, other) & (1 << node) != 0;
             knows && (is_known || world.state(node).disk == DiskState::Diskless)
@@ -169,6 +174,22 @@ impl Lead {
         *self = Lead::Promoting {
             node,
             incarnation,
+            order,
+            holders,
+        };
+    }
+
+    /// Declares the best of what is there the newest, as an operator does who has all nodes and no UpToDate one.
+    pub fn promote_best(&mut self, world: &mut World) {
+        let nodes = 0..world.nodes.len();
+        let best = nodes.max_by_key(|&node| world.state(node).disk);
+        let (Lead::Nobody { holders }, Some(node)) = (*self, best) else {
+            return;
+        };
+        let order = world.order(node, Order::Promote { force: true });
+        *self = Lead::Promoting {
+            node,
+            incarnation: world.nodes[node].incarnation,
             order,
             holders,
         };

@@ -413,7 +413,11 @@ impl Run {
     }
 
     fn have_a_primary(&mut self) {
-        let end_ns = self.world.now_ns + 60 * SECOND;
+        let nodes = self.world.nodes.len();
+        let (force_ns, end_ns) = (
+            self.world.now_ns + 30 * SECOND,
+            self.world.now_ns + 60 * SECOND,
+        );
         while self.lead.active().is_none() {
             assert!(
                 self.world.now_ns < end_ns,
@@ -421,8 +425,12 @@ impl Run {
                 self.lead,
                 self.world.describe()
             );
-            for node in 0..self.world.nodes.len() {
+            for node in 0..nodes {
                 self.lead.promote(&mut self.world, node);
+            }
+            let has_newest = |node: usize| self.world.state(node).disk == DiskState::UpToDate;
+            if self.world.now_ns >= force_ns && !(0..nodes).any(has_newest) {
+                self.lead.promote_best(&mut self.world);
             }
             self.advance(self.world.now_ns + 50 * MS);
         }
