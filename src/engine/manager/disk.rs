@@ -60,6 +60,15 @@ impl<H: Host> Manager<H> {
         self.metadata.enabled = true;
         self.view.disk = DiskState::Attaching;
         self.view.own_disk_may_miss = false;
+        if std::mem::take(&mut self.disk_is_behind)
+            && matches!(
+                self.superblock.disk,
+                PersistedDisk::UpToDate | PersistedDisk::Consistent
+            )
+        {
+            // It does not know what was written without it.
+            self.superblock.disk = PersistedDisk::Outdated;
+        }
         self.superblock.flags.attached = true;
         self.superblock.flags.primary |= self.view.role == Role::Primary;
         self.commit_pages(cx, Then::Nothing);

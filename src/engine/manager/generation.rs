@@ -183,6 +183,7 @@ impl<H: Host> Manager<H> {
         }
         if bump.without_own_disk && self.view.disk <= DiskState::Failed {
             self.view.own_disk_may_miss = true;
+            self.disk_is_behind = true;
         }
         if self.view.own_disk_may_miss {
             again &= !LOCAL_MASK;

@@ -136,6 +136,8 @@ pub struct Manager<H: Host> {
     reattach_until_ns: Option<u64>,
     /// What the application of a Primary without its disk has seen, if the disk that was attached since does not have it.
     exposed: Option<u64>,
+    /// The disk that was let go lacks what may have been written since.
+    disk_is_behind: bool,
     /// The transaction of the last promotion.
     promotion: u64,
     closing: bool,
@@ -177,6 +179,7 @@ impl<H: Host> Manager<H> {
             hello_count: 0,
             reattach_until_ns: None,
             exposed: None,
+            disk_is_behind: false,
             promotion: 0,
             closing: false,
             superblock,

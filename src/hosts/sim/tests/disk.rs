@@ -26,6 +26,30 @@ fn a_primary_that_detached_its_disk_gets_back_what_the_disk_missed() {
 }
 
 #[test]
+fn a_disk_that_its_own_node_has_written_without_is_outdated() {
+    for seed in 0..10 {
+        let mut world = World::clean_cluster(seed, Config::default());
+        world.promote(0);
+        world.write(0, 0, 8);
+        world.carry_out(0, Order::Detach);
+        world.write(0, 0, 8);
+        world.carry_out(0, Order::Demote);
+        world.cut(0, 1);
+        world.attach(0);
+        assert_eq!(world.state(0).disk, DiskState::Outdated);
+        if seed % 2 == 0 {
+            world.kill(0);
+            world.restart(0);
+        }
+        assert!(world.ordered(0, Order::Promote { force: false }).is_err());
+        world.heal(0, 1);
+        world.settle();
+        world.promote(0);
+        world.read(0, 0, 8);
+    }
+}
+
+#[test]
 fn a_primary_that_detached_its_disk_and_wrote_nothing_is_up_to_date_again() {
     for seed in 0..10 {
         let mut world = World::clean_cluster(seed, Config::default());
