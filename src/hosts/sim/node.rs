@@ -10,6 +10,7 @@ use super::link::{Link, LinkState, PeerIo};
 use super::memory::{Buffer, Bytes, Payload};
 use super::random::Random;
 use super::world::disk_faults::DiskFaults;
+use super::world::slowness::Slowness;
 use crate::engine::MAX_PEERS;
 use crate::engine::channel::Channel;
 use crate::engine::manager::Manager;
@@ -192,6 +193,9 @@ pub struct Node {
     pub disk_open: bool,
     pub disk_work: BTreeMap<u64, DiskWork>,
     pub disk_faults: DiskFaults,
+    pub slowness: Slowness,
+    /// By how much its clock is ahead of the world's.
+    pub clock_ahead_ns: u64,
     pub links: Vec<Link>,
     /// Received commands that were not answered, with their opcode.
     pub unanswered: BTreeMap<u64, u8>,
@@ -213,6 +217,8 @@ impl Node {
             disk_open: false,
             disk_work: BTreeMap::new(),
             disk_faults: DiskFaults::default(),
+            slowness: Slowness::default(),
+            clock_ahead_ns: 0,
             links: (0..MAX_PEERS).map(|_| Link::new(cores)).collect(),
             unanswered: BTreeMap::new(),
             outcomes: BTreeMap::new(),

@@ -9,6 +9,7 @@ mod faults;
 mod findable;
 mod polls;
 mod repeat;
+pub(super) mod slowness;
 mod trace;
 
 use std::cmp::Reverse;
@@ -159,6 +160,8 @@ pub struct World {
     pub apps: BTreeMap<u64, AppWork>,
     /// Commands between two nodes that stopped on the way, in order.
     blocked: BTreeMap<(usize, usize), Vec<Event>>,
+    /// What is slow or stands still between two nodes.
+    ways: BTreeMap<(usize, usize), slowness::Way>,
     /// Time, chance, a number that makes them unique, and the event's place.
     queue: BinaryHeap<Reverse<(u64, u64, u64, usize)>>,
     events: Vec<Option<Event>>,
@@ -205,6 +208,7 @@ impl World {
             checks_content: true,
             apps: BTreeMap::new(),
             blocked: BTreeMap::new(),
+            ways: BTreeMap::new(),
             queue: BinaryHeap::new(),
             events: Vec::new(),
             free_events: Vec::new(),
@@ -322,7 +326,7 @@ impl World {
     /// The context of a node now, with chance that is always the same.
     fn core(&self, node: usize) -> Core {
         Core {
-            now_ns: self.now_ns,
+            now_ns: self.now_ns + self.nodes[node].clock_ahead_ns,
             random: Random::new(0),
             scarcity_percent: self.config.scarcity_percent,
             links_up: self.nodes[node].links_up(),

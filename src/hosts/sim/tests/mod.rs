@@ -9,5 +9,6 @@ mod many;
 mod orders;
 mod pieces;
 mod repeat;
+mod slowness;
 mod soak;
 mod torn;

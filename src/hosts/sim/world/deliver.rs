@@ -127,7 +127,7 @@ impl World {
                         response: None,
                     },
                 };
-                let delay_ns = self.delay_ns();
+                let delay_ns = self.delay_ns() + self.way_lag_ns(node, target);
                 let last = &mut self.nodes[node].links[slot].last_arrival_ns[core];
                 let at_ns = (self.now_ns + delay_ns).max(*last + 1);
                 *last = at_ns;
@@ -210,6 +210,7 @@ impl World {
             0 => self.random.between(20_000, 2_000_000),
             _ => self.random.between(200, 20_000),
         };
+        let delay_ns = delay_ns + self.message_lag_ns(node, from, to);
         let last = self.nodes[node].message_ns.entry((from, to)).or_default();
         let at_ns = (self.now_ns + delay_ns).max(*last + 1);
         *last = at_ns;
@@ -248,7 +249,7 @@ impl World {
                 submitted,
             },
         );
-        let delay_ns = self.delay_ns() + self.disk_lag_ns(node);
+        let delay_ns = self.delay_ns() + self.disk_lag_ns(node) + self.node_lag_ns(node);
         self.schedule_here(node, delay_ns, What::DiskDone(id));
     }
 
@@ -428,7 +429,8 @@ impl World {
         if let Some(waiting) = self.blocked.get_mut(&(node, io.from)) {
             waiting.push(event);
         } else {
-            let at_ns = self.now_ns + self.delay_ns();
+            let lag_ns = self.way_lag_ns(node, io.from);
+            let at_ns = self.now_ns + self.delay_ns() + lag_ns;
             self.schedule(at_ns, event);
         }
     }

@@ -17,7 +17,7 @@ impl World {
         if !self.nodes[node].running {
             return;
         }
-        let due_ns = self.nodes[node].poll_due_ns(place);
+        let due_ns = self.due_ns(node, place);
         if self.random.below(CHECK_ONE_IN) == 0 {
             self.check_poll(node, place, due_ns);
         }
@@ -33,9 +33,16 @@ impl World {
         if planned_ns.is_some_and(|planned_ns| planned_ns <= from_ns + late_ns) {
             return;
         }
-        let at_ns = from_ns + self.random.below(late_ns);
+        let at_ns = from_ns + self.random.below(late_ns) + self.node_lag_ns(node);
         *self.nodes[node].planned_poll_ns(place) = Some(at_ns);
         self.schedule_here(node, at_ns - self.now_ns, What::Poll { place, at_ns });
+    }
+
+    /// From when on this place wants to be polled, in the world's time.
+    fn due_ns(&self, node: usize, place: usize) -> Option<u64> {
+        let node = &self.nodes[node];
+        let due_ns = node.poll_due_ns(place)?;
+        Some(due_ns.saturating_sub(node.clock_ahead_ns))
     }
 
     pub(super) fn poll(&mut self, node: usize, place: usize, at_ns: u64) {
@@ -55,12 +62,12 @@ impl World {
             return;
         }
         let mut core = Core {
-            now_ns: last_ns - 1,
+            now_ns: last_ns - 1 + self.nodes[node].clock_ahead_ns,
             ..self.core(node)
         };
         self.nodes[node].poll(place, &mut core);
         let did_nothing = core.actions.is_empty() && !core.has_asked;
-        if !did_nothing || self.nodes[node].poll_due_ns(place) != due_ns {
+        if !did_nothing || self.due_ns(node, place) != due_ns {
             let who = match place {
                 MANAGER => "manager".to_owned(),
                 channel => format!("channel {channel}"),
