@@ -61,12 +61,13 @@ impl<H: Host> Manager<H> {
         self.view.disk = DiskState::Attaching;
         self.view.own_disk_may_miss = false;
         if std::mem::take(&mut self.disk_is_behind)
+            && self.view.role == Role::Secondary
             && matches!(
                 self.superblock.disk,
                 PersistedDisk::UpToDate | PersistedDisk::Consistent
             )
         {
-            // It does not know what was written without it.
+            // It does not know what was written without it. A Primary waits for who does.
             self.superblock.disk = PersistedDisk::Outdated;
         }
         self.superblock.flags.attached = true;

@@ -303,6 +303,10 @@ impl<H: Host> Manager<H> {
 
     /// Says Goodbye to these peers, and goes on when they have answered or a second has passed.
     fn part(&mut self, cx: &mut H, id: OrderId, peers: u8, after: After) -> Option<OrderOutcome> {
+        // A Primary that has the data nowhere else leaves them the newest.
+        let goes_on = self.view.disk == DiskState::UpToDate
+            || (0..MAX_PEERS)
+                .any(|slot| peers & (1 << slot) == 0 && self.view.peers[slot].has_latest());
         for slot in 0..MAX_PEERS {
             if peers & (1 << slot) == 0 {
                 continue;
@@ -312,7 +316,7 @@ impl<H: Host> Manager<H> {
                 let command = PeerCommand::Goodbye {
                     session: self.peers[slot].session,
                     sequence: self.shared.next_control_sequence(slot),
-                    outdate: self.view.role == Role::Primary && !self.closing,
+                    outdate: self.view.role == Role::Primary && !self.closing && goes_on,
                 };
                 self.call(slot, command, Vec::new(), Call::Goodbye);
             } else {
