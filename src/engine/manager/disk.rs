@@ -19,10 +19,10 @@ impl<H: Host> Manager<H> {
     /// Starts using a device that has been opened. Channels get it when its metadata says that it is in use.
     pub fn attach(&mut self, cx: &mut H, opened: Opened) {
         let geometry = self.shared.geometry;
-        let saw = self.exposed.or(
-            (self.view.role == Role::Primary && self.view.own_disk_may_miss)
-                .then_some(self.superblock.generations.current),
-        );
+        let saw = self
+            .exposed
+            .or((self.view.role == Role::Primary && self.disk_is_behind)
+                .then_some(self.superblock.generations.current));
         self.exposed = saw.filter(|&saw| saw != opened.superblock.generations.current);
         self.superblock = opened.superblock;
         self.durable = self.superblock.generations.clone();

@@ -183,8 +183,6 @@ impl<H: Host> Manager<H> {
         }
         if bump.without_own_disk && self.view.disk <= DiskState::Failed {
             self.view.own_disk_may_miss = true;
-            // Without a peer that has it nothing completes.
-            self.disk_is_behind |= self.view.peers.iter().any(|peer| peer.has_latest());
         }
         if self.view.own_disk_may_miss {
             again &= !LOCAL_MASK;

@@ -341,6 +341,12 @@ impl<H: Host> Manager<H> {
 
     /// Publishes the state: every channel adopts it, then `then`.
     fn adopt(&mut self, cx: &mut H, then: Then) {
+        // From here on the application may see what only the peers have.
+        self.disk_is_behind |= self.view.role == Role::Primary
+            && self.view.disk <= DiskState::Failed
+            && self.view.disk != DiskState::Attaching
+            && self.view.own_disk_may_miss
+            && self.view.peers.iter().any(|peer| peer.has_latest());
         self.view.version += 1;
         for slot in 0..MAX_PEERS {
             self.view.peers[slot].may_miss = self.may_miss(slot);

@@ -223,7 +223,9 @@ impl<H: Host> Manager<H> {
         self.superblock.peers[slot] = Some(superblock::PeerSlot {
             node_id,
             disk_state: DiskState::DUnknown.as_u8(),
-            full_sync: false,
+            // What it lacks has no bits for a new slot.
+            full_sync: self.view.disk == DiskState::Inconsistent
+                && self.superblock.generations.current != JUST_CREATED,
         });
         let generations = &mut self.superblock.generations;
         generations.bitmap[slot] = 0;
@@ -259,6 +261,11 @@ impl<H: Host> Manager<H> {
         let Some(slot) = self.slot_of(node_id) else {
             return Some(Err(not_found(node_id)));
         };
+        if !self.metadata.enabled {
+            return Some(busy(
+                "there is no disk to remember on that the peer is removed; attach one first",
+            ));
+        }
         self.part(cx, id, 1 << slot, After::Remove(slot))
     }
 

@@ -458,10 +458,9 @@ impl World {
         let Config {
             cores,
             command_window,
-            ping_interval_ms,
-            ping_timeout_ms,
             ..
         } = self.config;
+        let options = self.options();
         let order = self.id();
         let incarnation = self.nodes[node].incarnation;
         self.orders
@@ -482,12 +481,7 @@ impl World {
                     opened.superblock.clone(),
                     (0..cores).collect(),
                 );
-                manager.set_options(Options {
-                    ping_interval_ms,
-                    ping_timeout_ms,
-                    connect_interval_ms: 50,
-                    resync_rate_bytes: 0,
-                });
+                manager.set_options(options);
                 Engine {
                     channels: (0..cores)
                         .map(|id| Channel::new(id, Arc::clone(&shared)))
@@ -499,6 +493,21 @@ impl World {
             engine.manager.attach(core, opened);
             engine.manager.expect_attach(core, order);
         });
+    }
+
+    /// What every node starts with.
+    pub fn options(&self) -> Options {
+        Options {
+            ping_interval_ms: self.config.ping_interval_ms,
+            ping_timeout_ms: self.config.ping_timeout_ms,
+            connect_interval_ms: 50,
+            resync_rate_bytes: 0,
+        }
+    }
+
+    /// Changes a node's options, if it runs.
+    pub fn set_options(&mut self, node: usize, options: Options) {
+        self.with_manager(node, |manager, _| manager.set_options(options));
     }
 
     /// Gives an order and returns its number.

@@ -120,7 +120,7 @@ impl Lead {
                     *self = Lead::Nobody {
                         holders: holders(world, node),
                     };
-                    self.promote(world, next);
+                    self.promote(world, next, false);
                 }
                 Some(Err(_)) => *self = Lead::Active { node },
                 None => {}
@@ -157,7 +157,7 @@ impl Lead {
     }
 
     /// Promotes a node that has everything.
-    pub fn promote(&mut self, world: &mut World, node: usize) {
+    pub fn promote(&mut self, world: &mut World, node: usize, force: bool) {
         let Lead::Nobody { holders } = *self else {
             return;
         };
@@ -170,7 +170,7 @@ impl Lead {
             return;
         }
         let incarnation = world.nodes[node].incarnation;
-        let order = world.order(node, Order::Promote { force: false });
+        let order = world.order(node, Order::Promote { force });
         *self = Lead::Promoting {
             node,
             incarnation,

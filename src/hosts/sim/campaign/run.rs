@@ -4,7 +4,7 @@
 use super::operator::{Lead, is_up};
 use super::schedule::{Deed, Schedule};
 use super::workload::Load;
-use crate::engine::manager::Order;
+use crate::engine::manager::{Options, Order};
 use crate::engine::open::Goal;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::request::RequestKind;
@@ -226,7 +226,7 @@ impl Run {
                 {
                     self.stop(node, false);
                 }
-                self.lead.promote(&mut self.world, to);
+                self.lead.promote(&mut self.world, to, false);
             }
             Deed::HandOver { to } => self.lead.demote(&mut self.world, to),
             Deed::Promote { node, force } => {
@@ -274,6 +274,58 @@ impl Run {
             } => self.world.fail_disk(node, failing, percent, for_us * 1000),
             Deed::FreezeDisk { node, for_us } => self.world.freeze_disk(node, for_us * 1000),
             Deed::MendDisk { node } => self.world.mend_disk(node),
+            Deed::SlowCore {
+                node,
+                core,
+                most_us,
+                for_us,
+            } => self
+                .world
+                .slow_core(node, core, most_us * 1000, for_us * 1000),
+            Deed::SlowNode {
+                node,
+                most_us,
+                for_us,
+            } => self.world.slow_node(node, most_us * 1000, for_us * 1000),
+            Deed::SlowLink {
+                from,
+                to,
+                most_us,
+                for_us,
+            } => self.world.slow_way(from, to, most_us * 1000, for_us * 1000),
+            Deed::StallLink { from, to, for_us } => self.world.stall(from, to, for_us * 1000),
+            Deed::JumpClock { node, by_us } => self.world.jump_clock(node, by_us * 1000),
+            Deed::ForcePromote { node } => self.lead.promote(&mut self.world, node, true),
+            Deed::SetOptions {
+                node,
+                ping_interval_ms,
+                ping_timeout_ms,
+                resync_rate_bytes,
+            } => {
+                let options = Options {
+                    ping_interval_ms,
+                    ping_timeout_ms,
+                    resync_rate_bytes,
+                    ..self.world.options()
+                };
+                self.world.set_options(node, options);
+            }
+            Deed::RemovePeer { node, peer } => {
+                let node_id = peer as u8;
+                self.order(node, Order::RemovePeer { node_id });
+            }
+            Deed::AddPeer { node, peer } => {
+                let (node_id, connect) = (peer as u8, true);
+                let address = address(peer);
+                self.order(
+                    node,
+                    Order::AddPeer {
+                        node_id,
+                        address,
+                        connect,
+                    },
+                );
+            }
             Deed::Rot { node, block } => {
                 if !self.world.nodes[node].running {
                     self.world.rot(node, block);
@@ -289,7 +341,7 @@ impl Run {
             let nodes = self.world.nodes.len();
             for turn in 0..nodes {
                 let node = ((seed % nodes as u64) as usize + turn) % nodes;
-                self.lead.promote(&mut self.world, node);
+                self.lead.promote(&mut self.world, node, false);
             }
         }
         self.loads.push(Load {
@@ -316,7 +368,8 @@ impl Run {
     }
 
     fn close(&mut self, node: usize) {
-        if is_up(&self.world, node) && !self.is_closing(node) {
+        let is_opening = self.world.nodes[node].opener.is_some();
+        if is_up(&self.world, node) && !is_opening && !self.is_closing(node) {
             self.lead.closes(&self.world, node);
             let order = self.world.order(node, Order::Close);
             self.stopping.push((node, order));
@@ -336,8 +389,10 @@ impl Run {
         let nodes = self.world.nodes.len();
         self.advance((self.began_ns + RUN_NS).max(self.world.now_ns + SECOND));
         self.heal_all();
+        self.world.end_slowness();
         for node in 0..nodes {
             self.world.mend_disk(node);
+            self.world.set_options(node, self.world.options());
         }
         self.wait(
             "the volumes that are shut down have ended",
@@ -359,6 +414,7 @@ impl Run {
             run.world.orders_have_ended()
         });
         for node in 0..nodes {
+            self.introduce(node);
             self.order(node, Order::ResumeResync);
             let connect = Order::Connect {
                 node_id: None,
@@ -426,7 +482,7 @@ impl Run {
                 self.world.describe()
             );
             for node in 0..nodes {
-                self.lead.promote(&mut self.world, node);
+                self.lead.promote(&mut self.world, node, false);
             }
             let has_newest = |node: usize| self.world.state(node).disk == DiskState::UpToDate;
             if self.world.now_ns >= force_ns && !(0..nodes).any(has_newest) {

@@ -169,6 +169,52 @@ pub enum Deed {
         node: usize,
         block: MetadataBlock,
     },
+    /// Messages to and from a core take up to so much longer.
+    SlowCore {
+        node: usize,
+        core: usize,
+        most_us: u64,
+        for_us: u64,
+    },
+    SlowNode {
+        node: usize,
+        most_us: u64,
+        for_us: u64,
+    },
+    SlowLink {
+        from: usize,
+        to: usize,
+        most_us: u64,
+        for_us: u64,
+    },
+    /// One way of a link stands still.
+    StallLink {
+        from: usize,
+        to: usize,
+        for_us: u64,
+    },
+    JumpClock {
+        node: usize,
+        by_us: u64,
+    },
+    /// By force, but of a node that has everything.
+    ForcePromote {
+        node: usize,
+    },
+    SetOptions {
+        node: usize,
+        ping_interval_ms: u64,
+        ping_timeout_ms: u64,
+        resync_rate_bytes: u64,
+    },
+    RemovePeer {
+        node: usize,
+        peer: usize,
+    },
+    AddPeer {
+        node: usize,
+        peer: usize,
+    },
 }
 
 /// One of these.
@@ -255,12 +301,15 @@ impl Deed {
         let node = random.below(nodes) as usize;
         let peer = (node + 1 + random.below(nodes - 1) as usize) % shape.nodes;
         if shape.reckless && random.chance(8) {
-            return match random.below(3) {
+            return match random.below(5) {
                 0 => Deed::Promote {
                     node,
                     force: random.chance(30),
                 },
                 1 => Deed::Demote { node },
+                // Who is added again starts from data of its own: one side has to give up its own.
+                2 => Deed::RemovePeer { node, peer },
+                3 => Deed::AddPeer { node, peer },
                 _ => Deed::Connect {
                     node,
                     peer,
@@ -306,6 +355,14 @@ impl Deed {
             60..63 => Deed::ResumeResync { node },
             63 => Deed::Stop { node },
             64..70 => Deed::draw_disk(random, node),
+            70..74 => Deed::draw_slowness(random, node, peer, shape),
+            74 => Deed::ForcePromote { node },
+            75 => Deed::SetOptions {
+                node,
+                ping_interval_ms: one_of(random, &[50, 1000, 5000]),
+                ping_timeout_ms: one_of(random, &[100, 300, 3000]),
+                resync_rate_bytes: one_of(random, &[0, 1 << 20, 20 << 20]),
+            },
             _ => Deed::Load {
                 count: random.between(1, 24) as u32,
                 every_us: one_of(random, &[0, 3, 30, 30, 300, 3_000]),
@@ -316,6 +373,38 @@ impl Deed {
 }
 
 impl Deed {
+    fn draw_slowness(random: &mut Random, node: usize, peer: usize, shape: &Shape) -> Deed {
+        let for_us = one_of(random, &[30_000, 500_000, 5_000_000]);
+        match random.below(6) {
+            0 => Deed::SlowCore {
+                node,
+                core: random.below(shape.cores as u64) as usize,
+                most_us: one_of(random, &[5_000, 100_000, 2_000_000]),
+                for_us,
+            },
+            1 => Deed::SlowNode {
+                node,
+                most_us: one_of(random, &[2_000, 20_000, 200_000]),
+                for_us,
+            },
+            2 => Deed::SlowLink {
+                from: node,
+                to: peer,
+                most_us: one_of(random, &[2_000, 50_000, 500_000]),
+                for_us,
+            },
+            3..5 => Deed::StallLink {
+                from: node,
+                to: peer,
+                for_us: one_of(random, &[1_000, 20_000, 250_000, 3_000_000]),
+            },
+            _ => Deed::JumpClock {
+                node,
+                by_us: one_of(random, &[10_000, 400_000, 12_000_000, 3_600_000_000]),
+            },
+        }
+    }
+
     fn draw_disk(random: &mut Random, node: usize) -> Deed {
         let for_us = one_of(random, &[1_000, 30_000, 500_000, 5_000_000]);
         match random.below(10) {

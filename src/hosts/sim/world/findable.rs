@@ -104,7 +104,14 @@ impl World {
         if !has_disk || !has(node) {
             return;
         }
+        let peers = self.state(node).peers;
         for other in (0..self.nodes.len()).filter(|&other| !has(other)) {
+            // It may have had it in its cache; or the operator has had it removed, which is about to be durable.
+            let has_lost = self.config.volatile_caches && self.nodes[other].engine.is_none();
+            let is_peer = peers.iter().any(|peer| usize::from(peer.node_id) == other);
+            if has_lost || !is_peer {
+                continue;
+            }
             let (Some(here), Some(there)) = (self.recovered(node), self.recovered(other)) else {
                 continue;
             };
