@@ -341,7 +341,12 @@ impl<H: Host> Manager<H> {
 
     fn check_parting(&mut self, cx: &mut H) {
         let now = cx.now_ns();
-        for index in 0..self.orders.len() {
+        // A session that is lost ends others of them.
+        let ids: Vec<OrderId> = self.orders.iter().map(|order| order.id).collect();
+        for id in ids {
+            let Some(index) = self.orders.iter().position(|order| order.id == id) else {
+                continue;
+            };
             let Work::Parting { peers, after } = self.orders[index].work else {
                 continue;
             };
@@ -355,7 +360,6 @@ impl<H: Host> Manager<H> {
             if !left.is_empty() && !late {
                 continue;
             }
-            let id = self.orders[index].id;
             self.orders[index].work = Work::Running;
             for slot in left {
                 self.lose_session(cx, slot, "disconnected");
@@ -364,7 +368,9 @@ impl<H: Host> Manager<H> {
                 After::Done => self.ready.push_back(Then::Order(id, Ok(()))),
                 After::Remove(slot) => self.forget_peer(cx, id, slot),
                 After::Detach => {
-                    self.orders[index].work = Work::Leaving;
+                    if let Some(order) = self.orders.iter_mut().find(|order| order.id == id) {
+                        order.work = Work::Leaving;
+                    }
                     self.begin_detach(cx, id);
                 }
             }

@@ -40,7 +40,7 @@ pub fn holders(world: &World, node: usize) -> Nodes {
     for peer in &state.peers {
         let other = usize::from(peer.node_id);
         let knows = peer.conn == ConnState::Connected && peer.disk == DiskState::UpToDate;
-        if knows && is_up_to_date(world, other) {
+        if knows && is_up_to_date(world, other) && is_connected(world, other, node) {
             holders |= 1 << other;
         }
     }
@@ -49,6 +49,14 @@ pub fn holders(world: &World, node: usize) -> Nodes {
 
 pub fn is_up(world: &World, node: usize) -> bool {
     world.nodes[node].engine.is_some()
+}
+
+/// It says so itself: one that has lost power is no longer what others still take it for.
+fn is_connected(world: &World, node: usize, with: usize) -> bool {
+    let peers = world.state(node).peers;
+    peers
+        .iter()
+        .any(|peer| usize::from(peer.node_id) == with && peer.conn == ConnState::Connected)
 }
 
 fn is_up_to_date(world: &World, node: usize) -> bool {
