@@ -146,6 +146,8 @@ pub struct AppWork {
     pub memory: Option<Payload>,
     /// Of a flush: what it covers.
     pub mark: u64,
+    /// Since its submission a cache was lost that may have held it.
+    pub cache_lost: bool,
     pub status: Option<AppStatus>,
 }
 

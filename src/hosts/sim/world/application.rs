@@ -53,6 +53,7 @@ impl World {
                 blocks,
                 memory: memory.map(Payload::new),
                 mark: self.ledger.flush_mark(),
+                cache_lost: false,
                 status: None,
             },
         );
@@ -92,8 +93,16 @@ impl World {
         app.status = Some(status);
         let memory = app.memory.as_ref().map(Payload::take_back);
         let (node, kind, lba, blocks, mark) = (app.node, app.kind, app.lba, app.blocks, app.mark);
+        let cache_lost = app.cache_lost;
         self.note(node, || format!("app {id} ended: {status:?}"));
-        if status != AppStatus::Ok {
+        let is_volatile = matches!(
+            kind,
+            RequestKind::Write { fua: false }
+                | RequestKind::WriteZeroes { fua: false }
+                | RequestKind::Unmap
+        );
+        // What was acknowledged out of a cache may have gone with it before the application heard of it.
+        if status != AppStatus::Ok || (is_volatile && cache_lost) {
             return self.forget(id, kind, lba, blocks);
         }
         match kind {

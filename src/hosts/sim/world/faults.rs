@@ -96,6 +96,9 @@ impl World {
         // The Primary has it all, and whoever comes back follows it.
         if self.config.volatile_caches && !(0..self.nodes.len()).any(keeps_all) {
             self.ledger.power_lost();
+            for app in self.apps.values_mut() {
+                app.cache_lost |= app.status.is_none();
+            }
         }
     }
 
