@@ -94,9 +94,19 @@ impl<H: Host> Manager<H> {
         !self.peers[slot].draining
             && self.peers[slot].link == Link::Open
             && self.view.disk != DiskState::Attaching
+            && self.generation_is_durable()
+    }
+
+    /// A peer that is told of a generation keeps it, and this node has to know it again after a crash.
+    fn generation_is_durable(&self) -> bool {
+        !self.metadata.enabled || self.durable.current == self.superblock.generations.current
     }
 
     pub(super) fn send_hello(&mut self, cx: &mut H, slot: PeerSlot) {
+        if !self.generation_is_durable() {
+            self.peers[slot].hello = Asked::Again;
+            return;
+        }
         if self.hello_start == 0 {
             self.hello_start = cx.random() as u32 | 1;
         }
