@@ -239,7 +239,13 @@ impl<H: Host> Manager<H> {
         self.masters[slot].clear_all();
         self.masters[slot].mark_all_dirty();
         let peer = &mut self.peers[slot];
-        *peer = super::Peer::new(Some(node_id));
+        // Of a peer that was here before the link may not be down yet, and its last session not be over.
+        *peer = super::Peer {
+            link: peer.link,
+            draining: peer.draining,
+            epoch: peer.epoch,
+            ..super::Peer::new(Some(node_id))
+        };
         peer.address = Some(address);
         peer.wanted = connect;
         let view = &mut self.view.peers[slot];
