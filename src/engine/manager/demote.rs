@@ -21,7 +21,6 @@ impl<H: Host> Manager<H> {
             return Some(Ok(()));
         }
         self.view.role = Role::Secondary;
-        self.exposed = None;
         self.start_order(cx, id, Work::Demoting);
         self.adopt(cx, Then::OrderStep(id, OrderStep::DemoteAdopted));
         None

@@ -19,11 +19,9 @@ impl<H: Host> Manager<H> {
     /// Starts using a device that has been opened. Channels get it when its metadata says that it is in use.
     pub fn attach(&mut self, cx: &mut H, opened: Opened) {
         let geometry = self.shared.geometry;
-        let saw = self
-            .exposed
-            .or((self.view.role == Role::Primary && self.disk_is_behind)
-                .then_some(self.superblock.generations.current));
-        self.exposed = saw.filter(|&saw| saw != opened.superblock.generations.current);
+        // What this node was last told is durable here or at a peer, whatever this disk says.
+        let saw = self.exposed.unwrap_or(self.durable.current);
+        self.exposed = (saw != opened.superblock.generations.current).then_some(saw);
         self.superblock = opened.superblock;
         self.durable = self.superblock.generations.clone();
         for (slot, index, page) in opened.pages {
@@ -158,6 +156,8 @@ impl<H: Host> Manager<H> {
             }
             self.view.suspended = true;
             self.reattach_until_ns = Some(cx.now_ns() + REATTACH_NS);
+        } else if self.exposed.is_some() && self.view.disk == DiskState::UpToDate {
+            self.view.disk = DiskState::Consistent;
         }
         // Sessions that know this node without a disk have to be made anew: their decision was another.
         for slot in 0..MAX_PEERS {

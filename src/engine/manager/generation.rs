@@ -146,10 +146,6 @@ impl<H: Host> Manager<H> {
     pub(super) fn generation_durable(&mut self, cx: &mut H, round: u64) {
         if self.generation.round == round {
             self.generation.local_done = true;
-            if !self.metadata.enabled {
-                // Without a disk of our own the peers' word is what counts.
-                self.durable = self.superblock.generations.clone();
-            }
             self.check_generation(cx);
         }
     }
@@ -157,6 +153,10 @@ impl<H: Host> Manager<H> {
     pub(super) fn generation_taken(&mut self, cx: &mut H, slot: PeerSlot, round: u64) {
         if self.generation.round == round {
             self.generation.waiting &= !(1 << slot);
+            if !self.metadata.enabled {
+                // Without a disk of our own the peers' word is what counts.
+                self.durable = self.superblock.generations.clone();
+            }
             self.check_generation(cx);
         }
     }

@@ -134,7 +134,7 @@ pub struct Manager<H: Host> {
     hello_count: u32,
     /// A Primary with a disk that was attached again holds I/O until a peer is there, or until then.
     reattach_until_ns: Option<u64>,
-    /// What the application of a Primary without its disk has seen, if the disk that was attached since does not have it.
+    /// The generation that this node went on with while it had no disk, if the disk that was attached since has another.
     exposed: Option<u64>,
     /// The disk that was let go lacks what may have been written since.
     disk_is_behind: bool,

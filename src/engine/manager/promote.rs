@@ -42,6 +42,9 @@ impl<H: Host> Manager<H> {
             None if promoting => return Some(busy("a peer is being promoted; demote it first")),
             None => {}
         }
+        if force {
+            self.exposed = None;
+        }
         let waiting = (0..MAX_PEERS)
             .filter(|&slot| self.peers[slot].established && !mutation::is(Mutation::PromoteUnasked))
             .fold(0u8, |mask, slot| mask | 1 << slot);
