@@ -84,8 +84,9 @@ impl<H: Host> Channel<H> {
         };
         match kind {
             RequestKind::Read => self.choose_source(cx, index),
-            RequestKind::Flush => self.assign_flush(index),
+            // A flush too: what the disk had in its cache counts as written only where it is known to lack it.
             _ if self.waits_for_peers(cx) => Step::Wait,
+            RequestKind::Flush => self.assign_flush(index),
             _ => self.enter(index, Stage::Lock),
         }
     }
