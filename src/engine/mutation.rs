@@ -24,6 +24,24 @@ macro_rules! mutations {
     };
 }
 
+impl Mutation {
+    /// Breaks that no seed has noticed yet, or hardly one: holes in what is drawn or in what is checked, to be closed.
+    pub const HOLES: &[Mutation] = &[
+        Mutation::SessionBeforeDrained,
+        Mutation::NoMarkForResync,
+        Mutation::ResyncReadUnlocked,
+        Mutation::PullUnlocked,
+        Mutation::FinishUnchecked,
+        Mutation::ConnectedWithoutHarvest,
+        Mutation::IoWithoutBitmap,
+        Mutation::PrimaryUnrecorded,
+        Mutation::ClearUnserved,
+        Mutation::ReportUnflushed,
+        Mutation::PartialForgotten,
+        Mutation::NoAnswerWhenFenced,
+    ];
+}
+
 mutations! {
     /// A write for a peer that is not there sets no bit.
     AbsentPeerWithoutBit: "I1",
@@ -39,28 +57,58 @@ mutations! {
     RetireWithoutPages: "I1",
     /// An extent leaves the activity log before the device is flushed.
     RetireWithoutFlush: "I1",
+    /// A flush does not go to the peers.
+    FlushWithoutPeers: "I1",
     /// A flush does not go to the local disk when there are peers.
     FlushWithoutDisk: "I1",
     /// The disks are not told of FUA.
     FuaDropped: "I1",
+    /// A read is served by the local disk where that is out of date.
+    ReadStale: "I1",
     /// What is written here for a Primary without a disk sets no bit for its disk.
     DisklessWithoutBit: "I1",
     /// A write completes without a generation that says which peer missed it.
     CompleteWithoutGeneration: "I2",
+    /// A write completes as soon as the new generation is made, on no disk yet.
+    GenerationBeforeDurable: "I2",
     /// The range lock is granted to everybody.
     RangeAlwaysFree: "I4",
     /// A resync writes without the range lock.
     ResyncWriteUnlocked: "I4",
     /// A peer's writes are taken whatever their session is.
     AnySession: "I5",
+    /// The next session begins while the last one's writes still wait here.
+    SessionBeforeDrained: "I5",
     /// A write that a transport delivers again is carried out again.
     RepeatedWrite: "I5",
     /// Any other command that a transport delivers again is carried out again.
     RepeatedControl: "I5",
+    /// A write that meets an outstanding resync read leaves no mark.
+    NoMarkForResync: "I6",
+    /// A source reads for a resync while a write to the same blocks is under way.
+    ResyncReadUnlocked: "I6",
+    /// A target asks for data while an earlier write to the same blocks is under way.
+    PullUnlocked: "I6",
     /// A bitmap that a peer sends is not ORed.
     BitmapIgnored: "I6",
+    /// A source agrees that a resync is finished without looking for bits of its own.
+    FinishUnchecked: "I6",
+    /// Nobody looks for bits that were set while a connection without a resync was made.
+    ConnectedWithoutHarvest: "I6",
+    /// Application I/O goes on while a Primary waits for the bitmap that says what it lacks.
+    IoWithoutBitmap: "I6",
+    /// A Primary does not record that it is one.
+    PrimaryUnrecorded: "I6",
+    /// Demote ends while application I/O is still under way.
+    DemoteUndrained: "I6",
+    /// A report clears bits of blocks that were written after the target was given them.
+    ClearUnserved: "I7",
+    /// A target reports blocks before they are flushed.
+    ReportUnflushed: "I7",
     /// A target reports blocks that it has fetched and not written.
     ReportUnwritten: "I7",
+    /// Blocks that a write has covered in part count as fetched.
+    PartialForgotten: "I7",
     /// The node with the lower number takes a resync from it for equal data.
     DecisionUnmirrored: "I8",
     /// A decision stays when what was told before it has changed.
@@ -73,6 +121,8 @@ mutations! {
     SuspendedForEver: "I10",
     /// A promotion goes on waiting for a peer that is lost.
     PromotionWaitsForLost: "I10",
+    /// What waits for an answer of a session that is over gets none.
+    NoAnswerWhenFenced: "I10",
     /// Extents never leave the activity log.
     LogStaysFull: "I10",
     /// A link that was lost is not opened again.

@@ -2,6 +2,7 @@
 //! each change; channels adopt it at their own time.
 
 use crate::engine::MAX_PEERS;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::hello::Hello;
 use crate::engine::peer::state::{
     ConnState, DiskState, Role, connection_permits_io, disk_permits_io, should_do_remote,
@@ -135,13 +136,16 @@ impl View {
 
     /// Application I/O may start now; else it is held.
     pub fn permits_io(&self) -> bool {
+        let any_connection = mutation::is(Mutation::IoWithoutBitmap);
         !self.suspended
             && disk_permits_io(self.disk)
             && self
                 .peers
                 .iter()
                 .filter(|peer| peer.configured)
-                .all(|peer| connection_permits_io(peer.conn, peer.io_during_bitmap))
+                .all(|peer| {
+                    any_connection || connection_permits_io(peer.conn, peer.io_during_bitmap)
+                })
     }
 
     /// The longest write of one command that every peer takes that gets writes: all get the same ones, so none has a gap in

@@ -8,6 +8,7 @@ use crate::engine::MAX_PEERS;
 use crate::engine::atomic_bits::AtomicBits;
 use crate::engine::duplicates::DuplicateWindow;
 use crate::engine::meta::superblock::AL_EXTENTS_MIN;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::range_lock::RangeLock;
 use crate::host::PeerSlot;
 
@@ -184,7 +185,7 @@ impl Shared {
     /// Tells a resync that pulls these blocks that a write has overtaken it. Called under the range lock.
     pub fn mark_overtaken(&self, lba: u64, blocks: u32) {
         let granules = self.geometry.granules_of(lba, blocks);
-        if !self.pulls.any(granules.clone()) {
+        if !self.pulls.any(granules.clone()) || mutation::is(Mutation::NoMarkForResync) {
             return;
         }
         let whole = self.geometry.whole_granules_of(lba, blocks);

@@ -125,7 +125,8 @@ impl<H: Host> Channel<H> {
             || (self.view.disk == DiskState::Inconsistent
                 && matches!(request.origin, Origin::Application(_))
                 && self.view.read_source(0).is_some());
-        if attached && current && request.tried & LOCAL_MASK == 0 && !self.shared.stale.any(bits) {
+        let stale = self.shared.stale.any(bits) && !mutation::is(Mutation::ReadStale);
+        if attached && current && request.tried & LOCAL_MASK == 0 && !stale {
             request.unsent = LOCAL_MASK;
         } else if let (Origin::Application(_), Some(slot)) =
             (&request.origin, self.view.read_source(request.tried))
@@ -151,7 +152,7 @@ impl<H: Host> Channel<H> {
             request.latest |= LOCAL_MASK;
         }
         for (slot, peer) in self.view.peers.iter().enumerate() {
-            if peer.is_remote() {
+            if peer.is_remote() && !mutation::is(Mutation::FlushWithoutPeers) {
                 request.assign_peer(slot, peer.send_session);
                 if peer.has_latest() {
                     request.latest |= 1 << slot;
@@ -171,7 +172,9 @@ impl<H: Host> Channel<H> {
             .granules_of(request.lba, request.blocks);
         let lock = &self.shared.range_lock;
         let patient = request.lock_failures < RESERVE_AFTER;
-        let unlocked = mutation::is(Mutation::RangeAlwaysFree);
+        let unlocked = mutation::is(Mutation::RangeAlwaysFree)
+            || (mutation::is(Mutation::ResyncReadUnlocked)
+                && request.kind == RequestKind::ResyncRead);
         let taken = if unlocked {
             true
         } else if patient {
@@ -256,7 +259,8 @@ impl<H: Host> Channel<H> {
                 self.assign_peers(index, lba, blocks);
             }
             Origin::Peer { slot, session, .. } => {
-                let any = mutation::is(Mutation::AnySession);
+                let any = mutation::is(Mutation::AnySession)
+                    || mutation::is(Mutation::SessionBeforeDrained);
                 if session != self.view.peers[slot].recv_session && !any {
                     return self.end_received(cx, index, PeerAnswer::Fenced);
                 }

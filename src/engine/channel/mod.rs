@@ -15,6 +15,7 @@ use std::sync::Arc;
 use crate::engine::MAX_PEERS;
 use crate::engine::bitmap::shard::Shard;
 use crate::engine::message::{Drain, HarvestedPages, ToChannel, ToManager};
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::state::Role;
 use crate::engine::request::{LOCAL_MASK, Origin, Request, RequestKind, RequestSlab, Stage};
 use crate::engine::view::View;
@@ -360,7 +361,7 @@ impl<H: Host> Channel<H> {
             }),
             Drain::Received(peer) => {
                 let current = self.view.peers[peer].recv_session;
-                self.requests.iter().all(|(_, request)| {
+                mutation::is(Mutation::SessionBeforeDrained) || self.requests.iter().all(|(_, request)| {
                     !matches!(request.origin, Origin::Peer { slot, session, .. } if slot == peer && session != current)
                 })
             }

@@ -7,6 +7,7 @@ use super::outbox::Call;
 use super::steps::{OrderStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{Drain, OrderId, OrderOutcome};
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::state::Role;
 use crate::host::{Host, PeerSlot};
 
@@ -28,6 +29,9 @@ impl<H: Host> Manager<H> {
 
     pub(super) fn demote_adopted(&mut self, cx: &mut H, id: OrderId) {
         self.hello_changed(cx);
+        if mutation::is(Mutation::DemoteUndrained) {
+            return self.demote_drained(cx, id);
+        }
         self.drain(
             cx,
             Drain::Application,

@@ -6,6 +6,7 @@ use super::outbox::Call;
 use super::steps::Then;
 use crate::engine::MAX_PEERS;
 use crate::engine::meta::generation::from_random;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::NewGenerationBody;
 use crate::engine::peer::command::PeerCommand;
@@ -41,7 +42,12 @@ impl<H: Host> Manager<H> {
     /// A write may complete without this peer.
     pub(super) fn may_miss(&self, slot: PeerSlot) -> bool {
         let agreed = !self.has_third_nodes() || self.generation.agreed & (1 << slot) != 0;
-        agreed && !self.durable.needs_bump(slot)
+        let durable = if mutation::is(Mutation::GenerationBeforeDurable) {
+            &self.superblock.generations
+        } else {
+            &self.durable
+        };
+        agreed && !durable.needs_bump(slot)
     }
 
     /// Whoever has the latest data now must be told who lacks it, before a write completes without them.
@@ -141,6 +147,9 @@ impl<H: Host> Manager<H> {
         }
         let round = self.generation.round;
         self.commit_superblock(cx, Then::Generation(round));
+        if mutation::is(Mutation::GenerationBeforeDurable) {
+            self.adopt(cx, Then::Nothing);
+        }
     }
 
     pub(super) fn generation_durable(&mut self, cx: &mut H, round: u64) {

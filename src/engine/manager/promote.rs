@@ -244,7 +244,7 @@ impl<H: Host> Manager<H> {
         {
             self.declare_up_to_date(cx);
         }
-        self.superblock.flags.primary = true;
+        self.superblock.flags.primary = !mutation::is(Mutation::PrimaryUnrecorded);
         self.superblock.flags.assume_clean = false;
         self.commit_superblock(cx, Then::OrderStep(id, OrderStep::PromoteDurable));
     }

@@ -214,7 +214,9 @@ impl<H: Host> Manager<H> {
         view.recv_session = 0;
         view.serve = false;
         view.diskless = false;
-        self.answer_fenced(cx, slot);
+        if !mutation::is(Mutation::NoAnswerWhenFenced) {
+            self.answer_fenced(cx, slot);
+        }
         self.stop_pull(slot);
         self.generation_lost_peer(cx, slot);
         self.order_lost_peer(cx, slot);
@@ -282,6 +284,9 @@ impl<H: Host> Manager<H> {
                 }
                 match self.view.peers[slot].conn {
                     ConnState::WFBitMapS | ConnState::WFBitMapT => self.start_exchange(cx, slot),
+                    _ if mutation::is(Mutation::ConnectedWithoutHarvest) => {
+                        self.connected(cx, slot)
+                    }
                     _ => {
                         // A write that began under the old state has set its bit by now, and nobody else knows of it.
                         let epoch = self.peers[slot].epoch;

@@ -6,6 +6,7 @@ use super::outbox::Call;
 use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::Drain;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{RangesBody, SyncFinishBody};
 use crate::engine::peer::command::FinishPhase;
@@ -91,7 +92,8 @@ impl<H: Host> Manager<H> {
             }
             for bit in geometry.whole_bits_of(lba, blocks) {
                 let granules = bit * per_bit..((bit + 1) * per_bit).min(geometry.granules());
-                if served.count(granules.clone()) == granules.end - granules.start {
+                let is_served = served.count(granules.clone()) == granules.end - granules.start;
+                if is_served || mutation::is(Mutation::ClearUnserved) {
                     served.clear_range(granules);
                     self.masters[slot].clear_range(bit..bit + 1);
                 }
@@ -157,6 +159,9 @@ impl<H: Host> Manager<H> {
         {
             bodies.push(body);
             cursor = next;
+        }
+        if mutation::is(Mutation::FinishUnchecked) {
+            bodies.clear();
         }
         let Some(last) = bodies.pop() else {
             return self.answer(cx, reply, PeerAnswer::Ok);

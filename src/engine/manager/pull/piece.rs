@@ -47,13 +47,16 @@ impl<H: Host> Manager<H> {
         };
         // A write that has its range already may be on its way to the source still, and the source's data without it:
         // it is waited for. One that takes its range after the registration sees that and leaves a mark.
-        if !self.piece_takes_range(index) {
+        let unlocked = mutation::is(Mutation::PullUnlocked);
+        if !unlocked && !self.piece_takes_range(index) {
             return;
         }
         self.shared.touched.clear_range(granules.clone());
         self.shared.partial.clear_range(granules.clone());
         self.shared.pulls.set_range(granules.clone());
-        self.piece_unlock(index);
+        if !unlocked {
+            self.piece_unlock(index);
+        }
         let Some(piece) = &mut self.puller.pieces[index] else {
             return;
         };
@@ -331,6 +334,9 @@ impl<H: Host> Manager<H> {
             .granules_of(blocks.start, (blocks.end - blocks.start) as u32);
         self.shared.pulls.clear_range(granules);
         // What has to come again keeps its bit and waits for the next sweep.
+        if mutation::is(Mutation::PartialForgotten) {
+            unit.again.clear();
+        }
         unit.again.sort_unstable();
         unit.again.dedup();
         let mut start = unit.bits.start;
