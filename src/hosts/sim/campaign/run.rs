@@ -9,6 +9,7 @@ use crate::engine::open::Goal;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::request::RequestKind;
 use crate::hosts::sim::coverage::Coverage;
+use crate::hosts::sim::random::Random;
 use crate::hosts::sim::world::{Config, MS, SECOND, World, address};
 
 /// How long the operator waits between two looks while something is under way.
@@ -248,14 +249,7 @@ impl Run {
                 discard_my_data,
             } => {
                 self.gave_up_data |= discard_my_data;
-                let node_id = Some(peer as u8);
-                self.order(
-                    node,
-                    Order::Connect {
-                        node_id,
-                        discard_my_data,
-                    },
-                );
+                self.connect(node, Some(peer), discard_my_data);
             }
             Deed::Invalidate { node } => self.order(node, Order::Invalidate),
             Deed::PauseResync { node } => self.order(node, Order::PauseResync),
@@ -345,7 +339,7 @@ impl Run {
             }
         }
         self.loads.push(Load {
-            random: crate::hosts::sim::random::Random::new(seed),
+            random: Random::new(seed),
             left: count,
             every_ns: every_us * 1000,
             next_ns: self.world.now_ns,
@@ -416,11 +410,7 @@ impl Run {
         for node in 0..nodes {
             self.introduce(node);
             self.order(node, Order::ResumeResync);
-            let connect = Order::Connect {
-                node_id: None,
-                discard_my_data: false,
-            };
-            self.order(node, connect);
+            self.connect(node, None, false);
         }
         if self.reckless {
             self.reconcile();
