@@ -11,10 +11,10 @@ use crate::engine::manager::Options;
 use crate::engine::meta::format::volume_uuid_of_name;
 use crate::engine::meta::generation::NONE;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
-use crate::rpc::RpcError;
 use crate::rpc::volume::{
     AddPeer, CreateVolume, GenerationsReport, PeerReport, VolumeReport, VolumeRequest,
 };
+use crate::rpc::{Reply, RpcError};
 
 /// The volumes of a node that wait, in the order in which they were asked for.
 #[derive(Default, Debug)]
@@ -322,6 +322,19 @@ fn peer((slot, peer): (usize, &AddPeer)) -> PeerReport {
         resync: None,
         last_error: None,
     }
+}
+
+/// For what was asked of a volume while it was awaited: whoever asked has had an answer, so a failure goes to the log.
+pub fn logged(volume: &str) -> Reply {
+    let volume = volume.to_owned();
+    Reply::new(move |outcome| {
+        if let Err(error) = outcome {
+            tracing::error!(
+                "volume '{volume}' lacks what was asked for: {}",
+                error.message
+            );
+        }
+    })
 }
 
 #[cfg(test)]

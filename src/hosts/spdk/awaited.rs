@@ -5,7 +5,7 @@ use std::ffi::CString;
 
 use super::core::{State, manager_core};
 use super::{node, opening, sys};
-use crate::hosts::control::awaited::AwaitedVolumes;
+use crate::hosts::control::awaited::{AwaitedVolumes, logged};
 use crate::rpc::volume::CreateVolume;
 use crate::rpc::{Reply, RpcError};
 
@@ -68,15 +68,7 @@ pub fn appeared(state: &mut State) {
 
 fn made(state: &mut State, name: &str, outcome: Result<(), RpcError>) {
     for request in state.node.awaited.volumes.ended(name, outcome) {
-        let name = name.to_owned();
-        let reply = Reply::new(move |outcome| {
-            if let Err(error) = outcome {
-                tracing::error!(
-                    "volume '{name}' lacks what was asked for: {}",
-                    error.message
-                );
-            }
-        });
+        let reply = logged(name);
         node::request(state, request, reply);
     }
 }

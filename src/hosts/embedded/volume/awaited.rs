@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use super::super::core::Core;
 use super::control::request;
 use super::opening::create_awaited;
-use crate::hosts::control::awaited::AwaitedVolumes;
+use crate::hosts::control::awaited::{AwaitedVolumes, logged};
 use crate::rpc::volume::CreateVolume;
 use crate::rpc::{Reply, RpcError};
 
@@ -60,15 +60,7 @@ fn next(core: &mut Core) -> Option<CreateVolume> {
 
 fn made(core: &mut Core, name: &str, outcome: Result<(), RpcError>) {
     for asked in core.volumes.awaited.volumes.ended(name, outcome) {
-        let name = name.to_owned();
-        let reply = Reply::new(move |outcome| {
-            if let Err(error) = outcome {
-                tracing::error!(
-                    "volume '{name}' lacks what was asked for: {}",
-                    error.message
-                );
-            }
-        });
+        let reply = logged(name);
         request(core, asked, reply);
     }
 }
