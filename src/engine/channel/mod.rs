@@ -107,6 +107,11 @@ impl<H: Host> Channel<H> {
         }
     }
 
+    /// This channel knows that this block and the peer's may differ, and has not handed that over.
+    pub fn is_out_of_sync(&self, slot: PeerSlot, lba: u64) -> bool {
+        self.shards[slot].any(self.shared.geometry.bits_of(lba, 1))
+    }
+
     /// Takes an application I/O.
     ///
     /// # Errors

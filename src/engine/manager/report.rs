@@ -76,6 +76,12 @@ impl<H: Host> Manager<H> {
         self.peers[slot].decided
     }
 
+    /// The merged bitmap says that this block and the peer's may differ. Bits that channels hold are missing.
+    pub fn is_out_of_sync(&self, slot: PeerSlot, lba: u64) -> bool {
+        let mut bits = self.shared.geometry.bits_of(lba, 1);
+        bits.any(|bit| self.masters[slot].test(bit))
+    }
+
     /// The node id of the peer in a slot.
     pub fn peer_node(&self, slot: PeerSlot) -> Option<u8> {
         self.peers[slot].node_id
