@@ -127,6 +127,10 @@ mutations! {
     LogStaysFull: "I10",
     /// A link that was lost is not opened again.
     LinkNeverOpenedAgain: "I10",
+    /// A write ends while the local disk still has its memory.
+    AnswerBeforeDisk: "I11",
+    /// What arrives for a piece of a resync that was given up is never let go.
+    LateBufferKept: "memory",
 }
 
 /// Whether this break is made on this thread.

@@ -361,7 +361,11 @@ impl<H: Host> Channel<H> {
         if request.unsent != 0 {
             return self.enter(index, Stage::Send);
         }
-        if request.pending != 0 {
+        let awaited = match mutation::is(Mutation::AnswerBeforeDisk) {
+            true if request.done != 0 => request.pending & !LOCAL_MASK,
+            _ => request.pending,
+        };
+        if awaited != 0 {
             return Step::Leave;
         }
         if request.kind == RequestKind::Read && request.done == 0 {

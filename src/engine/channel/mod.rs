@@ -264,6 +264,11 @@ impl<H: Host> Channel<H> {
         }
     }
 
+    /// Requests that have not ended.
+    pub fn under_way(&self) -> usize {
+        self.requests.len()
+    }
+
     /// Extents that are in this channel's activity log.
     pub fn active_extents(&self) -> usize {
         self.log.active()

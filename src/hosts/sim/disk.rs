@@ -105,7 +105,8 @@ impl Disk {
         numbers.into_iter().map(|page| page * PAGE).collect()
     }
 
-    fn content(&self, bytes: Range<u64>) -> Bytes {
+    /// What was never written takes no room.
+    pub fn content(&self, bytes: Range<u64>) -> Bytes {
         let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
         if self.pages.range(pages).next().is_none() {
             Bytes::zeroes((bytes.end - bytes.start) as usize)

@@ -66,9 +66,43 @@ impl Bytes {
     }
 }
 
+/// A write that a peer has sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReceivedWrite {
+    pub from: usize,
+    pub session: u32,
+    pub sequence: u64,
+}
+
+/// Counts memory that is alive. Clones count together.
+#[derive(Clone, Debug, Default)]
+pub struct Count(Rc<Cell<usize>>);
+
+impl Count {
+    pub fn get(&self) -> usize {
+        self.0.get()
+    }
+
+    fn one(&self) -> Counted {
+        self.0.set(self.0.get() + 1);
+        Counted(self.clone())
+    }
+}
+
+struct Counted(Count);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let Counted(Count(count)) = self;
+        count.set(count.get() - 1);
+    }
+}
+
 struct Memory {
     content: RefCell<Bytes>,
     returned: Cell<bool>,
+    write: Option<ReceivedWrite>,
+    _counted: Option<Counted>,
 }
 
 /// Data of an application I/O or of a received command, by reference.
@@ -80,7 +114,29 @@ impl Payload {
         Payload(Rc::new(Memory {
             content: RefCell::new(content),
             returned: Cell::new(false),
+            write: None,
+            _counted: None,
         }))
+    }
+
+    /// Of a received command; `write` if it is one.
+    pub fn received(content: Bytes, write: Option<ReceivedWrite>, count: &Count) -> Payload {
+        Payload(Rc::new(Memory {
+            content: RefCell::new(content),
+            returned: Cell::new(false),
+            write,
+            _counted: Some(count.one()),
+        }))
+    }
+
+    /// The received write that carried it.
+    pub fn write(&self) -> Option<ReceivedWrite> {
+        self.0.write
+    }
+
+    /// Nobody else refers to it.
+    pub fn is_only_one(&self) -> bool {
+        Rc::strong_count(&self.0) == 1
     }
 
     /// Panics when the owner has it back.
@@ -112,17 +168,34 @@ impl Payload {
 }
 
 /// Memory of the engine.
-pub struct Buffer(pub Bytes);
+pub struct Buffer {
+    content: Bytes,
+    _counted: Counted,
+}
+
+impl Buffer {
+    pub fn new(content: Bytes, count: &Count) -> Buffer {
+        Buffer {
+            content,
+            _counted: count.one(),
+        }
+    }
+
+    /// Takes the place of the first bytes.
+    pub fn put(&mut self, content: Bytes) {
+        self.content.put(content);
+    }
+}
 
 impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
-        self.0.bytes()
+        self.content.bytes()
     }
 }
 
 impl AsMut<[u8]> for Buffer {
     fn as_mut(&mut self) -> &mut [u8] {
-        self.0.bytes_mut()
+        self.content.bytes_mut()
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::disk::Disk;
 use super::link::{Link, LinkState, PeerIo};
-use super::memory::{Buffer, Bytes, Payload};
+use super::memory::{Buffer, Bytes, Count, Payload};
 use super::random::Random;
 use super::world::disk_faults::DiskFaults;
 use super::world::slowness::Slowness;
@@ -32,6 +32,7 @@ pub enum Action {
     Peer {
         slot: PeerSlot,
         token: Token,
+        session: u32,
         opcode: u8,
         words: CommandWords,
         data: Data<Core>,
@@ -55,6 +56,8 @@ pub struct Core {
     pub scarcity_percent: u64,
     pub links_up: [bool; MAX_PEERS],
     pub in_capsule_bytes: u32,
+    /// Buffers that it was given and has not let go.
+    pub buffers: Count,
     /// The engine has asked for something that may be refused.
     pub has_asked: bool,
     pub actions: Vec<Action>,
@@ -83,7 +86,7 @@ impl Host for Core {
 
     fn buffer(&mut self, len: usize) -> Option<Buffer> {
         assert!(len > 0 && len % 4096 == 0, "a buffer of {len} bytes");
-        (!self.is_scarce()).then(|| Buffer(Bytes::fresh(len)))
+        (!self.is_scarce()).then(|| Buffer::new(Bytes::fresh(len), &self.buffers))
     }
 
     fn read_payload(&self, payload: &Payload) -> Vec<u8> {
@@ -121,6 +124,7 @@ impl Host for Core {
         self.actions.push(Action::Peer {
             slot,
             token,
+            session: command.session(),
             opcode: command.opcode(),
             words: command.emit(),
             data,
@@ -199,6 +203,10 @@ pub struct Node {
     pub links: Vec<Link>,
     /// Received commands that were not answered, with their opcode.
     pub unanswered: BTreeMap<u64, u8>,
+    /// Buffers that the engine has, or has given away to be used.
+    pub buffers: Count,
+    /// Memory of received commands that somebody refers to.
+    pub received_memory: Count,
     pub outcomes: BTreeMap<OrderId, OrderOutcome>,
     /// When the last message between two places of this node arrives.
     pub message_ns: BTreeMap<(usize, usize), u64>,
@@ -221,6 +229,8 @@ impl Node {
             clock_ahead_ns: 0,
             links: (0..MAX_PEERS).map(|_| Link::new(cores)).collect(),
             unanswered: BTreeMap::new(),
+            buffers: Count::default(),
+            received_memory: Count::default(),
             outcomes: BTreeMap::new(),
             message_ns: BTreeMap::new(),
             planned_polls_ns: vec![None; cores + 1],

@@ -7,9 +7,12 @@ mod deliver;
 pub(super) mod disk_faults;
 mod faults;
 mod findable;
+mod left_over;
 mod opening;
 mod orders;
+mod overwritten;
 mod polls;
+mod received;
 mod repeat;
 mod settled;
 pub(super) mod slowness;
@@ -181,6 +184,8 @@ pub struct World {
     pub(super) catching: Option<u8>,
     pub(super) caught: Vec<Event>,
     repeats: repeat::Repeats,
+    received: received::Received,
+    writes: overwritten::Writes,
     /// What happened, for a test that replays it: node and event.
     pub(super) recording: Option<Vec<(usize, Recorded)>>,
     pub coverage: Coverage,
@@ -222,6 +227,8 @@ impl World {
             catching: None,
             caught: Vec::new(),
             repeats: repeat::Repeats::default(),
+            received: received::Received::default(),
+            writes: overwritten::Writes::default(),
             recording: None,
             coverage: Coverage::default(),
             seen,
@@ -332,6 +339,7 @@ impl World {
             scarcity_percent: self.config.scarcity_percent,
             links_up: self.nodes[node].links_up(),
             in_capsule_bytes: self.in_capsule_bytes(node),
+            buffers: self.nodes[node].buffers.clone(),
             has_asked: false,
             actions: Vec::new(),
         }

@@ -96,6 +96,9 @@ impl<H: Host> Manager<H> {
             return;
         };
         let (true, Some(slot)) = (!piece.dead, self.puller.slot) else {
+            if mutation::is(Mutation::LateBufferKept) {
+                std::mem::forget(buffer);
+            }
             self.puller.pieces[index] = None;
             return;
         };

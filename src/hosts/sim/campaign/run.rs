@@ -36,6 +36,7 @@ pub fn run(schedule: &Schedule, trace: bool) -> Outcome {
     let mut run = Run::begin(schedule, trace);
     for planned in &schedule.deeds {
         run.advance(run.began_ns + planned.at_us * 1000);
+        run.world.check_idle_replicas();
         run.perform(&planned.deed);
         run.check_replicas();
     }
@@ -111,7 +112,12 @@ impl Run {
         }
         for (node, order) in std::mem::take(&mut self.stopping) {
             match self.world.outcome(node, order) {
-                Some(_) => self.stop(node, false),
+                Some(outcome) => {
+                    if outcome.is_ok() {
+                        self.world.check_nothing_left(node);
+                    }
+                    self.stop(node, false);
+                }
                 None if is_up(&self.world, node) => self.stopping.push((node, order)),
                 None => {}
             }
@@ -193,7 +199,6 @@ impl Run {
             return;
         }
         self.world.check_findable();
-        self.world.check_idle_replicas();
     }
 
     fn perform(&mut self, deed: &Deed) {
@@ -515,7 +520,7 @@ impl Run {
         self.order(node, connect);
     }
 
-    /// Two nodes that have changes of their own; both have to say so.
+    /// Two nodes that say that they have changes of their own: both do if one does, and if they have.
     fn split_brain(&self) -> Option<(usize, usize)> {
         let says = |node: usize, peer: usize| {
             let report = self.world.peer(node, peer);
@@ -530,6 +535,11 @@ impl Run {
                     says(one, other),
                     says(other, one),
                     "[I9] only one of {one} and {other} reports a split brain\n{}",
+                    self.world.describe()
+                );
+                assert!(
+                    says(one, other) || !self.world.have_diverged(one, other),
+                    "[I9] of {one} and {other} each has writes that the other lacks, and they report no split brain\n{}",
                     self.world.describe()
                 );
                 if says(one, other) && found.is_none() {

@@ -21,6 +21,7 @@ use crate::engine::peer::state::ConnState;
 use crate::engine::request::RequestKind;
 use crate::host::{Completion, Data, DiskOp, IoStatus, Token};
 use crate::hosts::sim::disk::Disk;
+use crate::hosts::sim::memory::Count;
 use crate::hosts::sim::node::{Action, Core};
 use crate::hosts::sim::random::Random;
 use crate::hosts::sim::record::Recorded;
@@ -168,6 +169,7 @@ fn open(disk: &mut Disk, goal: Goal) -> Result<Opened, OpenError> {
         random: Random::new(0),
         scarcity_percent: 0,
         links_up: Default::default(),
+        buffers: Count::default(),
         has_asked: false,
         actions: Vec::new(),
     };
@@ -180,7 +182,7 @@ fn open(disk: &mut Disk, goal: Goal) -> Result<Opened, OpenError> {
         let len = io.len as usize;
         match &mut data {
             Data::Buffer(buffer) if io.op == DiskOp::Read => {
-                buffer.0.put(disk.execute(io, 0, &[]));
+                buffer.put(disk.execute(io, 0, &[]));
             }
             Data::Buffer(buffer) => drop(disk.execute(io, 0, &buffer.as_ref()[..len])),
             _ => drop(disk.execute(io, 0, &[])),

@@ -37,6 +37,8 @@ impl World {
         };
         if let Some(written) = written(id, kind) {
             self.ledger.submitted(id, written, lba, blocks);
+            let zeroes = (written == 0).then(|| lba..lba + u64::from(blocks));
+            self.writes.submitted(id, zeroes);
         }
         if kind == RequestKind::Read && self.checks_content {
             self.ledger.read_begins(id, lba, blocks);
@@ -108,12 +110,16 @@ impl World {
         match kind {
             RequestKind::Write { fua } | RequestKind::WriteZeroes { fua } => {
                 self.ledger.acknowledged(id, lba, blocks, fua);
+                self.writes.ended(id, self.next_id, true);
                 let is_write = matches!(kind, RequestKind::Write { .. });
                 if is_write && self.checks_content && id % LOOKS_ONE_IN == 0 {
                     self.check_generation(node, id, lba);
                 }
             }
-            RequestKind::Unmap => self.ledger.acknowledged(id, lba, blocks, false),
+            RequestKind::Unmap => {
+                self.ledger.acknowledged(id, lba, blocks, false);
+                self.writes.ended(id, self.next_id, true);
+            }
             RequestKind::Flush => self.ledger.flushed(mark),
             RequestKind::Read | RequestKind::ResyncRead => {
                 let block = self.config.block_size as usize;
@@ -138,7 +144,10 @@ impl World {
                 self.ledger.read_is_void(id, lba, blocks);
             }
             RequestKind::Flush => {}
-            _ => self.ledger.unknown(id, lba, blocks),
+            _ => {
+                self.ledger.unknown(id, lba, blocks);
+                self.writes.ended(id, self.next_id, false);
+            }
         }
     }
 

@@ -53,6 +53,10 @@ impl World {
             Err(error) => format!("{name}: {:?}", error.kind),
         };
         self.coverage.count(Kind::Order, &name);
+        if text.contains("force: true") {
+            // Writes may have ended since it was given.
+            self.nothing_counts();
+        }
     }
 
     /// A node is about to end without a word.

@@ -11,6 +11,7 @@ use crate::hosts::sim::link::{LinkState, Outstanding, PeerIo, Transit};
 use crate::hosts::sim::memory::{Bytes, Payload};
 use crate::hosts::sim::node::{Action, Core, DiskWork};
 use crate::hosts::sim::record::Recorded;
+use crate::hosts::sim::world::received::received_write;
 
 /// How long an attempt to connect to nobody takes.
 const REFUSED_NS: u64 = 1_000_000;
@@ -86,6 +87,7 @@ impl World {
             Action::Peer {
                 slot,
                 token,
+                session,
                 opcode,
                 words,
                 data,
@@ -93,6 +95,7 @@ impl World {
             } => {
                 let data_len = part.len();
                 let target = self.nodes[node].links[slot].target;
+                self.speaks_in(node, target, session);
                 self.check_limits(node, slot, core, opcode, data_len);
                 let command = self.id();
                 let sent = match (&data, data_direction(opcode)) {
@@ -236,6 +239,8 @@ impl World {
                 );
             }
         }
+        self.check_received(node, &data);
+        self.check_overwritten(node, token, &io, &data);
         let id = self.id();
         self.record_submitted(node, id, token, io, &data);
         let submitted = self.nodes[node].disk.order();
@@ -280,7 +285,7 @@ impl World {
         if work.io.op == DiskOp::Read {
             match &mut work.data {
                 Data::Payload(memory) => memory.put(read),
-                Data::Buffer(buffer) => buffer.0.put(read),
+                Data::Buffer(buffer) => buffer.put(read),
                 Data::None => panic!("a read without memory"),
             }
         }
@@ -334,7 +339,7 @@ impl World {
         match (&mut own, data) {
             (Data::Payload(memory), Some(content)) => memory.put(content),
             (Data::Payload(memory), None) => drop(memory.bytes()),
-            (Data::Buffer(buffer), Some(content)) => buffer.0.put(content),
+            (Data::Buffer(buffer), Some(content)) => buffer.put(content),
             _ => {}
         }
         let completion = Completion {
@@ -379,12 +384,16 @@ impl World {
                 transit.from, transit.io.arrival
             )
         });
+        let count = &self.nodes[node].received_memory;
         let payload = match data_direction(op) {
             DataDirection::HostToController => {
-                Some(Payload::new(Bytes::Held(std::mem::take(&mut transit.data))))
+                let content = Bytes::Held(std::mem::take(&mut transit.data));
+                let write = received_write(transit.from, &command);
+                Some(Payload::received(content, write, count))
             }
             DataDirection::ControllerToHost => {
-                let room = Payload::new(Bytes::zeroes(transit.data_len as usize));
+                let room = Bytes::zeroes(transit.data_len as usize);
+                let room = Payload::received(room, None, count);
                 transit.io.response = Some(room.clone());
                 Some(room)
             }

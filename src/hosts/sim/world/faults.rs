@@ -96,6 +96,7 @@ impl World {
         // The Primary has it all, and whoever comes back follows it.
         if self.config.volatile_caches && !(0..self.nodes.len()).any(keeps_all) {
             self.ledger.power_lost();
+            self.nothing_counts();
             for app in self.apps.values_mut() {
                 app.cache_lost |= app.status.is_none();
             }

@@ -36,7 +36,7 @@ impl World {
                 token,
                 status: IoStatus::Ok,
                 answer: PeerAnswer::Ok,
-                data: Data::Buffer(Buffer(Bytes::Held(bytes))),
+                data: Data::Buffer(Buffer::new(Bytes::Held(bytes), &core.buffers)),
             };
             if let Some(opened) = opener.complete(completion).ok()? {
                 return Some(opened);

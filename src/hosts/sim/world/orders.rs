@@ -11,6 +11,7 @@ impl World {
     pub fn order(&mut self, node: usize, order: Order) -> OrderId {
         let id = self.id();
         self.note(node, || format!("order {id}: {order:?}"));
+        self.given_up_by(node, &order);
         let incarnation = self.nodes[node].incarnation;
         self.orders
             .push((node, incarnation, id, format!("{order:?}")));

@@ -75,6 +75,7 @@ impl World {
         }
         for node in 0..self.nodes.len() {
             assert!(self.is_unlocked(node), "[I10] node {node}: a range is kept");
+            self.check_nothing_left(node);
             for peer in self.state(node).peers {
                 assert_eq!(
                     peer.out_of_sync_bytes, 0,
