@@ -1,7 +1,7 @@
 //! `bdev-repl sim`: runs the engine in simulated worlds, one for each seed, and tells which invariant a seed violates and how
 //! little of it is needed for that. Called by the command line.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,6 +13,16 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::hosts::sim::campaign::{Findings, Schedule, Scope, Violation, campaign, judge, shrink};
 use crate::hosts::sim::coverage::{Coverage, Kind};
+
+/// A line for whoever reads it. That nobody does any more, as behind `head`, neither ends the runs nor changes how they end.
+macro_rules! say {
+    ($($text:tt)*) => { drop(writeln!(std::io::stdout(), $($text)*)) };
+}
+
+/// The same on standard error.
+macro_rules! warn {
+    ($($text:tt)*) => { drop(writeln!(std::io::stderr(), $($text)*)) };
+}
 
 /// Arguments of `sim`.
 #[derive(Debug, Args)]
@@ -84,7 +94,7 @@ pub fn run(arguments: &SimArguments) -> ExitCode {
         (Some(path), _) => match read_schedule(path) {
             Ok(schedule) => Some(schedule),
             Err(error) => {
-                eprintln!("{error}");
+                warn!("{error}");
                 return ExitCode::from(2);
             }
         },
@@ -107,7 +117,7 @@ fn read_schedule(path: &Path) -> Result<Schedule, String> {
 fn run_one(arguments: &SimArguments, schedule: &Schedule) -> ExitCode {
     match judge(schedule, arguments.trace) {
         Ok(outcome) => {
-            println!(
+            say!(
                 "seed {}: ok, {:.1} virtual seconds, {} steps, trace hash {:016x}",
                 schedule.seed,
                 outcome.virtual_ns as f64 / 1e9,
@@ -126,9 +136,11 @@ fn run_one(arguments: &SimArguments, schedule: &Schedule) -> ExitCode {
 
 fn run_many(arguments: &SimArguments, scope: &Scope) -> ExitCode {
     let seeds = &arguments.seeds;
-    println!(
+    say!(
         "seeds {}..{}, {} jobs",
-        seeds.start, seeds.end, arguments.jobs
+        seeds.start,
+        seeds.end,
+        arguments.jobs
     );
     let began = Instant::now();
     let findings = with_progress(seeds.end - seeds.start, |progress| {
@@ -143,7 +155,7 @@ fn run_many(arguments: &SimArguments, scope: &Scope) -> ExitCode {
     summarise(&findings, began.elapsed());
     tell_coverage(arguments, &findings.coverage);
     for (seed, violation) in findings.failures.iter().skip(1) {
-        println!(
+        say!(
             "seed {seed} violates {}: {}",
             violation.invariant,
             violation.title()
@@ -166,7 +178,7 @@ fn with_progress<T>(runs: u64, work: impl FnOnce(&(dyn Fn(u64, usize) + Sync)) -
             let seconds = began.elapsed().as_secs();
             if seconds >= told_s.load(Ordering::Relaxed) + 10 {
                 told_s.store(seconds, Ordering::Relaxed);
-                eprintln!(
+                warn!(
                     "{done} of {runs} runs, {} a second, {failed} failed",
                     done / seconds
                 );
@@ -188,7 +200,7 @@ fn with_progress<T>(runs: u64, work: impl FnOnce(&(dyn Fn(u64, usize) + Sync)) -
 
 fn summarise(findings: &Findings, took: Duration) {
     let seconds = took.as_secs_f64().max(0.001);
-    println!(
+    say!(
         "{} runs, {} failed; {:.0} virtual seconds in {seconds:.1} s, {:.1} runs and {:.0} steps a second",
         findings.runs,
         findings.failures.len(),
@@ -205,13 +217,13 @@ fn tell_coverage(arguments: &SimArguments, coverage: &Coverage) {
         let counters: Vec<String> = counters
             .map(|(name, count)| format!("{name} {count}"))
             .collect();
-        println!("{}: {}", kind.name(), counters.join(", "));
+        say!("{}: {}", kind.name(), counters.join(", "));
     }
     for (kind, name) in coverage.missing() {
-        println!("never among {}: {name}", kind.name());
+        say!("never among {}: {name}", kind.name());
     }
     for (kind, name) in coverage.surprises() {
-        println!(
+        say!(
             "among {}, though said to be unreachable: {name}",
             kind.name()
         );
@@ -219,41 +231,50 @@ fn tell_coverage(arguments: &SimArguments, coverage: &Coverage) {
     if let Some(path) = &arguments.coverage {
         let text = serde_json::to_string_pretty(&coverage.json()).unwrap_or_default();
         match std::fs::write(path, text + "\n") {
-            Ok(()) => println!("written to {}", path.display()),
-            Err(error) => eprintln!("cannot write {}: {error}", path.display()),
+            Ok(()) => say!("written to {}", path.display()),
+            Err(error) => warn!("cannot write {}: {error}", path.display()),
         }
     }
 }
 
 /// Everything that is needed to replay and to understand a failure.
 fn tell(arguments: &SimArguments, schedule: &Schedule, violation: &Violation) {
-    println!(
+    say!(
         "seed {} violates {}: {}",
-        schedule.seed, violation.invariant, violation.text
+        schedule.seed,
+        violation.invariant,
+        violation.text
     );
-    println!("at {}", violation.place);
-    println!("commit {}", commit());
+    say!("at {}", violation.place);
+    say!("commit {}", commit());
+    if arguments.schedule.is_none() {
+        let (fewest, most) = (arguments.nodes.start(), arguments.nodes.end());
+        say!(
+            "again with: bdev-repl sim --seed {} --nodes {fewest}..={most}",
+            schedule.seed
+        );
+    }
     if arguments.shrink == 0 {
         return;
     }
     let until = Instant::now() + Duration::from_secs(arguments.shrink);
     let failure = shrink(schedule, violation, until);
-    println!(
+    say!(
         "\nas small as it gets ({} of {} deeds, {} tries), it says: {}",
         failure.schedule.deeds.len(),
         schedule.deeds.len(),
         failure.tries,
-        failure.violation.title()
+        failure.violation.text
     );
-    println!("{:?}", failure.schedule.shape);
+    say!("{:?}", failure.schedule.shape);
     for planned in &failure.schedule.deeds {
-        println!("  {:>9} µs  {:?}", planned.at_us, planned.deed);
+        say!("  {:>9} µs  {:?}", planned.at_us, planned.deed);
     }
     if let Some(path) = &arguments.save {
         let text = serde_json::to_string_pretty(&failure.schedule).unwrap_or_default();
         match std::fs::write(path, text + "\n") {
-            Ok(()) => println!("written to {}", path.display()),
-            Err(error) => eprintln!("cannot write {}: {error}", path.display()),
+            Ok(()) => say!("written to {}", path.display()),
+            Err(error) => warn!("cannot write {}: {error}", path.display()),
         }
     }
 }

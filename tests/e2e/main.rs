@@ -8,6 +8,7 @@ mod errors;
 mod hosts;
 mod kill;
 mod pairing;
+mod sim;
 mod split;
 mod stage;
 mod stop;

@@ -1,8 +1,11 @@
 //! One run: a world, its operator and its application go through a schedule; then faults end, and everything has to be well
 //! again within bounded virtual time. Panics with what was violated.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use super::operator::{Lead, is_up};
 use super::schedule::{Deed, Schedule};
+use super::verdict::ends_in;
 use super::workload::Load;
 use crate::engine::manager::{Options, Order};
 use crate::engine::open::Goal;
@@ -55,6 +58,19 @@ struct Run {
     stopping: Vec<(usize, u64)>,
     /// Data was given up by the operator: what the application wrote need not be there.
     gave_up_data: bool,
+}
+
+/// Of a run that violates something, the last states are told.
+impl Drop for Run {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // The engine was left in the middle of something.
+            let describe = AssertUnwindSafe(|| self.world.describe());
+            if let Ok(states) = catch_unwind(describe) {
+                ends_in(&states);
+            }
+        }
+    }
 }
 
 impl Run {
@@ -430,7 +446,7 @@ impl Run {
             trace_hash: self.world.trace_hash(),
             steps: self.world.steps,
             virtual_ns: self.world.now_ns,
-            coverage: self.world.coverage,
+            coverage: std::mem::take(&mut self.world.coverage),
         }
     }
 

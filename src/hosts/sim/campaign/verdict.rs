@@ -12,7 +12,7 @@ use super::schedule::Schedule;
 pub struct Violation {
     /// The name of the invariant, or "engine" for an assertion of the engine's own.
     pub invariant: String,
-    /// The first line says what, the others show the states of all nodes.
+    /// The first line says what, the others show the last states of all nodes.
     pub text: String,
     /// File and line.
     pub place: String,
@@ -52,6 +52,17 @@ thread_local! {
     static SEEN: RefCell<Option<Option<Violation>>> = const { RefCell::new(None) };
 }
 
+/// A run ends before its time: these are the states of its nodes, for a violation that does not tell them itself.
+pub(super) fn ends_in(states: &str) {
+    SEEN.with_borrow_mut(|seen| {
+        if let Some(Some(violation)) = seen
+            && !violation.text.contains('\n')
+        {
+            violation.text = format!("{}\n{states}", violation.text);
+        }
+    });
+}
+
 /// Runs a schedule and catches what it violates; with `trace`, everything that happens goes to standard error. Other panics
 /// of the process are reported as ever.
 ///
@@ -89,7 +100,18 @@ pub fn judge(schedule: &Schedule, trace: bool) -> Result<Outcome, Violation> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::schedule::{Deed, Planned, Scope};
     use super::*;
+
+    #[test]
+    fn a_violation_shows_the_last_states() {
+        let mut schedule = Schedule::from_seed(1, &Scope::default());
+        let deed = Deed::Kill { node: 9 };
+        schedule.deeds = vec![Planned { at_us: 1000, deed }];
+        let violation = judge(&schedule, false).unwrap_err();
+        assert_eq!(violation.invariant, "simulator");
+        assert!(violation.text.contains("\nnode 1: Secondary UpToDate"));
+    }
 
     #[test]
     fn a_violation_says_which_invariant_it_is_about() {
