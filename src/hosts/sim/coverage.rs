@@ -245,8 +245,8 @@ impl Coverage {
 /// How a manager was when it was last looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
-    role: Role,
-    disk: DiskState,
+    pub role: Role,
+    pub disk: DiskState,
     pub conns: [ConnState; MAX_PEERS],
     peer_disks: [DiskState; MAX_PEERS],
     pub decided: [Option<Decided>; MAX_PEERS],

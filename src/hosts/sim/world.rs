@@ -8,6 +8,7 @@ pub(super) mod disk_faults;
 mod faults;
 mod findable;
 mod left_over;
+pub(super) mod moments;
 mod opening;
 mod orders;
 mod overwritten;
@@ -191,6 +192,7 @@ pub struct World {
     pub coverage: Coverage,
     /// Per node.
     seen: Vec<Seen>,
+    moments: moments::Moments,
     /// By the nonces of two Hellos, the lower one first: the node that decided first, and what.
     decisions: BTreeMap<(u64, u64), (usize, Decision)>,
 }
@@ -232,6 +234,7 @@ impl World {
             recording: None,
             coverage: Coverage::default(),
             seen,
+            moments: moments::Moments::default(),
             decisions: BTreeMap::new(),
         }
     }
@@ -306,10 +309,14 @@ impl World {
         self.queue.peek().map(|Reverse((at_ns, ..))| *at_ns)
     }
 
+    /// Or until a moment comes that is awaited.
     pub fn run_for(&mut self, time_ns: u64) {
         let end_ns = self.now_ns + time_ns;
         while self.next_event_ns().is_some_and(|at_ns| at_ns <= end_ns) {
             self.step();
+            if self.moments.has_come() {
+                return;
+            }
         }
         self.now_ns = end_ns;
     }

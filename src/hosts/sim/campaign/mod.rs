@@ -1,13 +1,15 @@
 //! Campaigns: runs out of many seeds, on several threads. Each is judged by itself; a failure is made small and told with
 //! everything that is needed to replay it.
 //!
-//! [`schedule`] draws what happens; [`run`] carries it out, with an [`operator`] and a [`workload`]; [`verdict`] says what
+//! [`schedule`] says what happens, [`drawing`] and [`stories`] draw it; [`run`] carries it out, with an [`operator`] and a [`workload`]; [`verdict`] says what
 //! was violated; [`shrink`] takes out of a schedule what does not matter.
 
+pub mod drawing;
 pub mod operator;
 pub mod run;
 pub mod schedule;
 pub mod shrink;
+pub mod stories;
 pub mod verdict;
 pub mod workload;
 

@@ -1,28 +1,26 @@
-//! One run: a world, its operator and its application go through a schedule; then faults end, and everything has to be well
-//! again within bounded virtual time. Panics with what was violated.
+//! One run: a world, its operator and its application go through a schedule; then it comes to its `ending`. Panics with
+//! what was violated.
+
+mod ending;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::operator::{Lead, is_up};
-use super::schedule::{Deed, Schedule};
+use super::schedule::{Contents, Deed, Replacement, Schedule};
 use super::verdict::ends_in;
 use super::workload::Load;
 use crate::engine::manager::{Options, Order};
+use crate::engine::meta::format::Content;
 use crate::engine::open::Goal;
-use crate::engine::peer::state::{ConnState, DiskState};
-use crate::engine::request::RequestKind;
+use crate::engine::peer::state::DiskState;
 use crate::hosts::sim::coverage::Coverage;
 use crate::hosts::sim::random::Random;
-use crate::hosts::sim::world::{Config, MS, SECOND, World, address};
+use crate::hosts::sim::world::{Config, MS, World, address};
 
 /// How long the operator waits between two looks while something is under way.
 const LOOK_NS: u64 = 2 * MS;
-/// How long two nodes that cannot go together have to say so, once they can talk.
-const REPORT_NS: u64 = 15 * SECOND;
 /// Disks are looked at after one deed in so many.
 const CHECK_ONE_IN: u64 = 4;
-/// A run lasts this long at least.
-const RUN_NS: u64 = 60 * SECOND;
 
 /// What a run that violated nothing tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,9 +44,52 @@ pub fn run(schedule: &Schedule, trace: bool) -> Outcome {
     run.end()
 }
 
+/// The nodes with what they have in the beginning; the first is Primary.
+fn begin_with(schedule: &Schedule, config: Config) -> World {
+    let contents = schedule.shape.contents;
+    let mut world = match contents {
+        Contents::Clean => World::clean_cluster(schedule.seed, config),
+        Contents::Nothing | Contents::OneHasAll => World::new(schedule.seed, config),
+    };
+    // Of two nodes that both are Primary each reads its own.
+    world.checks_content = !schedule.shape.reckless;
+    match contents {
+        Contents::Clean => world.promote(0),
+        Contents::Nothing => {
+            for node in 0..world.nodes.len() {
+                world.create(node, Content::Nothing);
+            }
+            world.introduce_all();
+            world.carry_out(0, Order::Promote { force: true });
+        }
+        Contents::OneHasAll => {
+            let random = world.random.number();
+            world.create(0, Content::Data { random });
+            world.promote(0);
+            for lba in 0..8 {
+                world.write(0, lba * 100, 8);
+            }
+            for node in 1..world.nodes.len() {
+                world.create(node, Content::Nothing);
+            }
+            world.introduce_all();
+        }
+    }
+    world
+}
+
 struct Run {
     world: World,
     began_ns: u64,
+    /// Deeds that wait for a moment, by its number, and how long after it they are done.
+    waiting: Vec<(u64, u64, Deed)>,
+    next_moment: u64,
+    /// Deeds whose moment has come, and when they are to be done.
+    due: Vec<(u64, Deed)>,
+    /// Nodes with a device of somebody else.
+    foreign: Vec<usize>,
+    /// Nodes whose new device has not been seen with a volume on it yet.
+    unmade: Vec<(usize, Replacement)>,
     reckless: bool,
     lead: Lead,
     loads: Vec<Load>,
@@ -79,14 +120,16 @@ impl Run {
             trace,
             ..schedule.shape.config()
         };
-        let mut world = World::clean_cluster(schedule.seed, config);
-        world.promote(0);
+        let world = begin_with(schedule, config);
         let reckless = schedule.shape.reckless;
-        // Of two nodes that both are Primary each reads its own.
-        world.checks_content = !reckless;
         Run {
             began_ns: world.now_ns,
             world,
+            waiting: Vec::new(),
+            next_moment: 0,
+            due: Vec::new(),
+            foreign: Vec::new(),
+            unmade: Vec::new(),
             reckless,
             lead: Lead::Active { node: 0 },
             loads: Vec::new(),
@@ -99,15 +142,33 @@ impl Run {
     /// Lets the world go on until `end_ns`, with what the operator and the application do meanwhile.
     fn advance(&mut self, end_ns: u64) {
         while self.world.now_ns < end_ns {
-            let next_load_ns = self.loads.iter().map(|load| load.next_ns).min();
-            let mut until_ns = end_ns.min(next_load_ns.unwrap_or(end_ns));
+            let loads_ns = self.loads.iter().map(|load| load.next_ns);
+            let due_ns = self.due.iter().map(|&(at_ns, _)| at_ns);
+            let mut until_ns = loads_ns.chain(due_ns).fold(end_ns, u64::min);
             if self.is_waiting() {
                 until_ns = until_ns.min(self.world.now_ns + LOOK_NS);
             }
             let time_ns = until_ns.saturating_sub(self.world.now_ns);
             self.world.run_for(time_ns);
+            self.perform_due();
             self.submit_due();
             self.look();
+        }
+    }
+
+    /// Deeds whose moment has come are done when their time has.
+    fn perform_due(&mut self) {
+        for come in self.world.take_moments() {
+            let place = self.waiting.iter().position(|&(id, ..)| id == come);
+            if let Some(place) = place {
+                let (_, after_ns, deed) = self.waiting.remove(place);
+                self.due.push((self.world.now_ns + after_ns, deed));
+            }
+        }
+        let now_ns = self.world.now_ns;
+        while let Some(place) = self.due.iter().position(|&(at_ns, _)| at_ns <= now_ns) {
+            let (_, deed) = self.due.remove(place);
+            self.perform(&deed);
         }
     }
 
@@ -121,6 +182,7 @@ impl Run {
         self.lead.look(&mut self.world);
         for node in std::mem::take(&mut self.starting) {
             if is_up(&self.world, node) {
+                self.unmade.retain(|&(other, _)| other != node);
                 self.introduce(node);
             } else if self.world.nodes[node].running {
                 self.starting.push(node);
@@ -182,10 +244,14 @@ impl Run {
     }
 
     fn start(&mut self, node: usize) {
-        if !self.world.nodes[node].running {
-            self.world.open(node, Goal::Any);
-            self.starting.push(node);
+        if self.world.nodes[node].running {
+            return;
         }
+        if let Some(&(_, with)) = self.unmade.iter().find(|&&(other, _)| other == node) {
+            return self.put_in(node, with);
+        }
+        self.world.open(node, Goal::Any);
+        self.starting.push(node);
     }
 
     fn stop(&mut self, node: usize, power: bool) {
@@ -223,7 +289,17 @@ impl Run {
                 count,
                 every_us,
                 seed,
-            } => self.load(count, every_us, seed),
+                place,
+            } => self.load(
+                Load {
+                    random: Random::new(seed),
+                    left: count,
+                    every_ns: every_us * 1000,
+                    next_ns: self.world.now_ns,
+                    place: place.map(u64::from),
+                },
+                seed,
+            ),
             Deed::Cut { one, other } => self.world.cut(one, other),
             Deed::CutOneWay { from, to } => self.world.cut_one_way(from, to),
             Deed::Isolate { node } => {
@@ -346,12 +422,25 @@ impl Run {
                     self.world.rot(node, block);
                 }
             }
+            Deed::Replace { node, with } => self.replace(node, with),
+            Deed::Await {
+                node,
+                moment,
+                skip,
+                after_us,
+                ref then,
+            } => {
+                let id = self.next_moment;
+                self.next_moment += 1;
+                self.waiting.push((id, after_us * 1000, Deed::clone(then)));
+                self.world.await_moment(id, node, moment, skip);
+            }
         }
         self.look();
     }
 
     /// An application that finds no Primary has one made.
-    fn load(&mut self, count: u32, every_us: u64, seed: u64) {
+    fn load(&mut self, load: Load, seed: u64) {
         if let Lead::Nobody { .. } = self.lead {
             let nodes = self.world.nodes.len();
             for turn in 0..nodes {
@@ -359,13 +448,38 @@ impl Run {
                 self.lead.promote(&mut self.world, node, false);
             }
         }
-        self.loads.push(Load {
-            random: Random::new(seed),
-            left: count,
-            every_ns: every_us * 1000,
-            next_ns: self.world.now_ns,
-        });
+        self.loads.push(load);
         self.submit_due();
+    }
+
+    /// Only while the application runs elsewhere, on a disk that has everything.
+    fn replace(&mut self, node: usize, with: Replacement) {
+        let has_all = |lead: usize| self.world.state(lead).disk == DiskState::UpToDate;
+        let is_spared = matches!(self.lead, Lead::Active { node: lead }
+            if lead != node && is_up(&self.world, lead) && has_all(lead));
+        if !is_spared || self.reckless {
+            return;
+        }
+        self.put_in(node, with);
+    }
+
+    fn put_in(&mut self, node: usize, with: Replacement) {
+        self.stop(node, true);
+        self.foreign.retain(|&other| other != node);
+        self.unmade.retain(|&(other, _)| other != node);
+        self.unmade.push((node, with));
+        let content = match with {
+            Replacement::Nothing => Content::Nothing,
+            Replacement::Foreign => {
+                self.foreign.push(node);
+                Content::Data {
+                    random: self.world.random.number(),
+                }
+            }
+        };
+        self.world.replace_disk(node);
+        self.world.open(node, self.world.creation(node, content));
+        self.starting.push(node);
     }
 
     fn attach(&mut self, node: usize) {
@@ -397,186 +511,5 @@ impl Run {
                 self.world.heal(one, other);
             }
         }
-    }
-
-    /// Faults end, everything is started, and all is well after a while.
-    fn end(mut self) -> Outcome {
-        let nodes = self.world.nodes.len();
-        self.advance((self.began_ns + RUN_NS).max(self.world.now_ns + SECOND));
-        self.heal_all();
-        self.world.end_slowness();
-        for node in 0..nodes {
-            self.world.mend_disk(node);
-            self.world.set_options(node, self.world.options());
-        }
-        self.wait(
-            "the volumes that are shut down have ended",
-            30 * SECOND,
-            |run| run.stopping.is_empty(),
-        );
-        for node in 0..nodes {
-            self.start(node);
-        }
-        self.wait("the nodes have started", 30 * SECOND, |run| {
-            run.starting.is_empty()
-        });
-        self.wait("orders have ended", 30 * SECOND, |run| {
-            run.world.orders_have_ended()
-        });
-        self.attach_all();
-        // A Primary without its disk may have told a peer to stay away that it could go together with.
-        self.wait("the disks are attached", 30 * SECOND, |run| {
-            run.world.orders_have_ended()
-        });
-        for node in 0..nodes {
-            self.introduce(node);
-            self.order(node, Order::ResumeResync);
-            self.connect(node, None, false);
-        }
-        if self.reckless {
-            self.reconcile();
-        } else if let Lead::Nobody { .. } = self.lead {
-            self.have_a_primary();
-        }
-        self.world.settle();
-        self.world.wait_for_io();
-        self.world.check_orders();
-        self.read_everything();
-        Outcome {
-            trace_hash: self.world.trace_hash(),
-            steps: self.world.steps,
-            virtual_ns: self.world.now_ns,
-            coverage: std::mem::take(&mut self.world.coverage),
-        }
-    }
-
-    /// Goes on until it is so.
-    fn wait(&mut self, what: &str, limit_ns: u64, is: impl Fn(&Run) -> bool) {
-        let end_ns = self.world.now_ns + limit_ns;
-        while !is(self) {
-            assert!(
-                self.world.now_ns < end_ns,
-                "[I10] after {limit_ns} ns still not: {what}\n{}",
-                self.world.describe()
-            );
-            self.advance(self.world.now_ns + LOOK_NS);
-        }
-    }
-
-    /// Gives every node its disk; one that has failed is let go of first.
-    fn attach_all(&mut self) {
-        for node in 0..self.world.nodes.len() {
-            let end_ns = self.world.now_ns + 30 * SECOND;
-            while self.world.state(node).disk < DiskState::Inconsistent {
-                assert!(
-                    self.world.now_ns < end_ns,
-                    "[liveness] node {node} does not get its disk\n{}",
-                    self.world.describe()
-                );
-                self.attach(node);
-                self.advance(self.world.now_ns + LOOK_NS);
-            }
-        }
-    }
-
-    fn have_a_primary(&mut self) {
-        let nodes = self.world.nodes.len();
-        let (force_ns, end_ns) = (
-            self.world.now_ns + 30 * SECOND,
-            self.world.now_ns + 60 * SECOND,
-        );
-        while self.lead.active().is_none() {
-            assert!(
-                self.world.now_ns < end_ns,
-                "[liveness] no node can be promoted: {:?}\n{}",
-                self.lead,
-                self.world.describe()
-            );
-            for node in 0..nodes {
-                self.lead.promote(&mut self.world, node, false);
-            }
-            let has_newest = |node: usize| self.world.state(node).disk == DiskState::UpToDate;
-            if self.world.now_ns >= force_ns && !(0..nodes).any(has_newest) {
-                self.lead.promote_best(&mut self.world);
-            }
-            self.advance(self.world.now_ns + 50 * MS);
-        }
-    }
-
-    /// Resolves what a reckless operator has made: nobody stays Primary, a split brain is reported on both sides, and the
-    /// changes of one are given up, until all go together.
-    fn reconcile(&mut self) {
-        let nodes = self.world.nodes.len();
-        self.advance(self.world.now_ns + REPORT_NS);
-        // One that would have to follow another cannot as Primary.
-        for node in 0..nodes {
-            if self.world.is_primary(node) {
-                self.world.ordered(node, Order::Demote).ok();
-            }
-            self.connect(node, None, false);
-        }
-        for _ in 0..nodes {
-            self.advance(self.world.now_ns + REPORT_NS);
-            let Some((keeps, gives_up)) = self.split_brain() else {
-                break;
-            };
-            self.gave_up_data = true;
-            self.connect(gives_up, Some(keeps), true);
-            self.connect(keeps, Some(gives_up), false);
-        }
-        // Nobody reads from two nodes any more.
-        self.world.checks_content = !self.gave_up_data;
-    }
-
-    fn connect(&mut self, node: usize, peer: Option<usize>, discard_my_data: bool) {
-        let connect = Order::Connect {
-            node_id: peer.map(|peer| peer as u8),
-            discard_my_data,
-        };
-        self.order(node, connect);
-    }
-
-    /// Two nodes that say that they have changes of their own: both do if one does, and if they have.
-    fn split_brain(&self) -> Option<(usize, usize)> {
-        let says = |node: usize, peer: usize| {
-            let report = self.world.peer(node, peer);
-            let error = report.last_error.unwrap_or_default();
-            report.conn < ConnState::Connected && error.contains("SplitBrain")
-        };
-        let nodes = self.world.nodes.len();
-        let mut found = None;
-        for one in 0..nodes {
-            for other in one + 1..nodes {
-                assert_eq!(
-                    says(one, other),
-                    says(other, one),
-                    "[I9] only one of {one} and {other} reports a split brain\n{}",
-                    self.world.describe()
-                );
-                assert!(
-                    says(one, other) || !self.world.have_diverged(one, other),
-                    "[I9] of {one} and {other} each has writes that the other lacks, and they report no split brain\n{}",
-                    self.world.describe()
-                );
-                if says(one, other) && found.is_none() {
-                    found = Some((one, other));
-                }
-            }
-        }
-        found
-    }
-
-    fn read_everything(&mut self) {
-        let Some(node) = self.primaries().first().copied() else {
-            return;
-        };
-        let size_blocks = self.world.config.volume_bytes / u64::from(self.world.config.block_size);
-        let mut lbas: Vec<u64> = self.world.ledger.blocks().collect();
-        lbas.retain(|lba| lba % 8 == 0 && lba + 8 <= size_blocks);
-        for lba in lbas.into_iter().take(64) {
-            self.world.submit(node, 0, RequestKind::Read, lba, 8);
-        }
-        self.world.wait_for_io();
-        assert_eq!(self.world.state(node).disk, DiskState::UpToDate);
     }
 }

@@ -14,6 +14,7 @@ impl World {
         let before = self.coverage.observe(&mut self.seen[node], &engine.manager);
         if let Some(before) = before {
             self.check_decisions(node, &before);
+            self.states_come(node, &before);
         }
     }
 

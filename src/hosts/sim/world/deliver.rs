@@ -399,6 +399,7 @@ impl World {
             }
             _ => None,
         };
+        self.command_comes(node, op);
         self.nodes[node].unanswered.insert(transit.io.arrival, op);
         self.with_channel(node, transit.core, |channel, cx| {
             channel.received(cx, command, payload, transit.io);

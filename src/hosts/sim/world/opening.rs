@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::disk_faults::DiskFaults;
 use super::{Config, MANAGER, OPENER, SECOND, VOLUME, World};
 use crate::engine::channel::Channel;
 use crate::engine::manager::{Manager, Options};
@@ -11,6 +12,7 @@ use crate::engine::meta::layout::{LayoutParams, Placement};
 use crate::engine::open::{Goal, OpenError, Opened, Opener};
 use crate::engine::peer::state::DiskState;
 use crate::engine::volume::{Shared, VolumeGeometry};
+use crate::hosts::sim::disk::Disk;
 use crate::hosts::sim::node::Engine;
 
 impl World {
@@ -22,6 +24,20 @@ impl World {
     pub(super) fn in_capsule_bytes(&self, node: usize) -> u32 {
         let all = &self.config.in_capsule_bytes;
         *all.get(node).or(all.last()).unwrap_or(&4096)
+    }
+
+    /// The device of a node that is down is another one from now on, with nothing on it.
+    pub fn replace_disk(&mut self, node: usize) {
+        assert!(!self.nodes[node].running, "node {node} uses its disk");
+        self.note(node, || "its device is replaced".to_owned());
+        let size_bytes = self.nodes[node].disk.size_bytes();
+        let Config {
+            block_size,
+            volatile_caches,
+            ..
+        } = self.config;
+        self.nodes[node].disk = Disk::new(size_bytes, block_size, volatile_caches);
+        self.nodes[node].disk_faults = DiskFaults::default();
     }
 
     fn format_params(&self, node: usize, content: Content) -> FormatParams {

@@ -1,0 +1,204 @@
+//! The end of a run: faults end, a reckless operator's doings are put right, and everything has to be well again within
+//! bounded virtual time.
+
+use super::{LOOK_NS, Outcome, Run};
+use crate::engine::manager::Order;
+use crate::engine::peer::state::{ConnState, DiskState};
+use crate::engine::request::RequestKind;
+use crate::hosts::sim::campaign::operator::Lead;
+use crate::hosts::sim::campaign::schedule::Replacement;
+use crate::hosts::sim::world::{MS, SECOND};
+
+/// How long two nodes that cannot go together have to say so, once they can talk.
+const REPORT_NS: u64 = 15 * SECOND;
+/// A run lasts this long at least.
+const RUN_NS: u64 = 60 * SECOND;
+
+impl Run {
+    /// Faults end, everything is started, and all is well after a while.
+    pub(super) fn end(mut self) -> Outcome {
+        let nodes = self.world.nodes.len();
+        self.advance((self.began_ns + RUN_NS).max(self.world.now_ns + SECOND));
+        self.waiting.clear();
+        self.due.clear();
+        self.world.await_nothing();
+        self.heal_all();
+        self.world.end_slowness();
+        for node in 0..nodes {
+            self.world.mend_disk(node);
+            self.world.set_options(node, self.world.options());
+        }
+        self.wait(
+            "the volumes that are shut down have ended",
+            30 * SECOND,
+            |run| run.stopping.is_empty(),
+        );
+        for node in self.foreign.clone() {
+            self.put_in(node, Replacement::Nothing);
+        }
+        for node in 0..nodes {
+            self.start(node);
+        }
+        self.wait("the nodes have started", 30 * SECOND, |run| {
+            run.starting.is_empty()
+        });
+        self.wait("orders have ended", 30 * SECOND, |run| {
+            run.world.orders_have_ended()
+        });
+        self.attach_all();
+        // A Primary without its disk may have told a peer to stay away that it could go together with.
+        self.wait("the disks are attached", 30 * SECOND, |run| {
+            run.world.orders_have_ended()
+        });
+        for node in 0..nodes {
+            self.introduce(node);
+            self.order(node, Order::ResumeResync);
+            self.connect(node, None, false);
+        }
+        if self.reckless {
+            self.reconcile();
+        } else if let Lead::Nobody { .. } = self.lead {
+            self.have_a_primary();
+        }
+        self.world.settle();
+        self.world.wait_for_io();
+        self.world.check_orders();
+        self.read_everything();
+        Outcome {
+            trace_hash: self.world.trace_hash(),
+            steps: self.world.steps,
+            virtual_ns: self.world.now_ns,
+            coverage: std::mem::take(&mut self.world.coverage),
+        }
+    }
+
+    /// Goes on until it is so.
+    fn wait(&mut self, what: &str, limit_ns: u64, is: impl Fn(&Run) -> bool) {
+        let end_ns = self.world.now_ns + limit_ns;
+        while !is(self) {
+            assert!(
+                self.world.now_ns < end_ns,
+                "[I10] after {limit_ns} ns still not: {what}\n{}",
+                self.world.describe()
+            );
+            self.advance(self.world.now_ns + LOOK_NS);
+        }
+    }
+
+    /// Gives every node its disk; one that has failed is let go of first.
+    fn attach_all(&mut self) {
+        for node in 0..self.world.nodes.len() {
+            let end_ns = self.world.now_ns + 30 * SECOND;
+            while self.world.state(node).disk < DiskState::Inconsistent {
+                assert!(
+                    self.world.now_ns < end_ns,
+                    "[liveness] node {node} does not get its disk\n{}",
+                    self.world.describe()
+                );
+                self.attach(node);
+                self.advance(self.world.now_ns + LOOK_NS);
+            }
+        }
+    }
+
+    fn have_a_primary(&mut self) {
+        let nodes = self.world.nodes.len();
+        let (force_ns, end_ns) = (
+            self.world.now_ns + 30 * SECOND,
+            self.world.now_ns + 60 * SECOND,
+        );
+        while self.lead.active().is_none() {
+            assert!(
+                self.world.now_ns < end_ns,
+                "[liveness] no node can be promoted: {:?}\n{}",
+                self.lead,
+                self.world.describe()
+            );
+            for node in 0..nodes {
+                self.lead.promote(&mut self.world, node, false);
+            }
+            let has_newest = |node: usize| self.world.state(node).disk == DiskState::UpToDate;
+            if self.world.now_ns >= force_ns && !(0..nodes).any(has_newest) {
+                self.lead.promote_best(&mut self.world);
+            }
+            self.advance(self.world.now_ns + 50 * MS);
+        }
+    }
+
+    /// Resolves what a reckless operator has made: nobody stays Primary, a split brain is reported on both sides, and the
+    /// changes of one are given up, until all go together.
+    fn reconcile(&mut self) {
+        let nodes = self.world.nodes.len();
+        self.advance(self.world.now_ns + REPORT_NS);
+        // One that would have to follow another cannot as Primary.
+        for node in 0..nodes {
+            if self.world.is_primary(node) {
+                self.world.ordered(node, Order::Demote).ok();
+            }
+            self.connect(node, None, false);
+        }
+        for _ in 0..nodes {
+            self.advance(self.world.now_ns + REPORT_NS);
+            let Some((keeps, gives_up)) = self.split_brain() else {
+                break;
+            };
+            self.gave_up_data = true;
+            self.connect(gives_up, Some(keeps), true);
+            self.connect(keeps, Some(gives_up), false);
+        }
+        // Nobody reads from two nodes any more.
+        self.world.checks_content = !self.gave_up_data;
+    }
+
+    pub(super) fn connect(&mut self, node: usize, peer: Option<usize>, discard_my_data: bool) {
+        let connect = Order::Connect {
+            node_id: peer.map(|peer| peer as u8),
+            discard_my_data,
+        };
+        self.order(node, connect);
+    }
+
+    /// Two nodes that say that they have changes of their own: both do if one does, and if they have.
+    fn split_brain(&self) -> Option<(usize, usize)> {
+        let says = |node: usize, peer: usize| {
+            let report = self.world.peer(node, peer);
+            let error = report.last_error.unwrap_or_default();
+            report.conn < ConnState::Connected && error.contains("SplitBrain")
+        };
+        let nodes = self.world.nodes.len();
+        let mut found = None;
+        for one in 0..nodes {
+            for other in one + 1..nodes {
+                assert_eq!(
+                    says(one, other),
+                    says(other, one),
+                    "[I9] only one of {one} and {other} reports a split brain\n{}",
+                    self.world.describe()
+                );
+                assert!(
+                    says(one, other) || !self.world.have_diverged(one, other),
+                    "[I9] of {one} and {other} each has writes that the other lacks, and they report no split brain\n{}",
+                    self.world.describe()
+                );
+                if says(one, other) && found.is_none() {
+                    found = Some((one, other));
+                }
+            }
+        }
+        found
+    }
+
+    fn read_everything(&mut self) {
+        let Some(node) = self.primaries().first().copied() else {
+            return;
+        };
+        let size_blocks = self.world.config.volume_bytes / u64::from(self.world.config.block_size);
+        let mut lbas: Vec<u64> = self.world.ledger.blocks().collect();
+        lbas.retain(|lba| lba % 8 == 0 && lba + 8 <= size_blocks);
+        for lba in lbas.into_iter().take(64) {
+            self.world.submit(node, 0, RequestKind::Read, lba, 8);
+        }
+        self.world.wait_for_io();
+        assert_eq!(self.world.state(node).disk, DiskState::UpToDate);
+    }
+}
