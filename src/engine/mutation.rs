@@ -27,7 +27,6 @@ macro_rules! mutations {
 impl Mutation {
     /// Breaks that no seed has noticed yet, or hardly one: holes in what is drawn or in what is checked, to be closed.
     pub const HOLES: &[Mutation] = &[
-        Mutation::SessionBeforeDrained,
         Mutation::NoMarkForResync,
         Mutation::ResyncReadUnlocked,
         Mutation::PullUnlocked,
@@ -117,6 +116,8 @@ mutations! {
     PromoteUnasked: "I8",
     /// The node with the lower number takes a split brain for equal data.
     SplitBrainOverlooked: "I9",
+    /// Of two nodes with changes of their own, the one with the higher number gives up its own unasked.
+    SplitBrainResolvedUnasked: "I9",
     /// A Primary whose disk is attached again takes up no I/O.
     SuspendedForEver: "I10",
     /// A promotion goes on waiting for a peer that is lost.

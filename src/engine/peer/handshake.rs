@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::hello::{GENERATION_JUST_CREATED, GENERATION_NONE, Hello};
 use super::state::{DiskState, Role};
+use crate::engine::mutation::{self, Mutation};
 
 /// Which rule decided. Its documentation says what state of the two nodes leads to it; "one" and "the
 /// other" may be either of the two, the outcome says which.
@@ -422,6 +423,9 @@ impl Pair<'_> {
     fn split_brain(&self, rule: Rule, full: bool) -> Decision {
         match self.only(|one| one.discard_my_data) {
             Some(target) => self.sync_to(Rule::SplitBrainResolved, target, full),
+            None if mutation::is(Mutation::SplitBrainResolvedUnasked) => {
+                self.sync_to(rule, Side::Second, full)
+            }
             None => Decision {
                 rule,
                 outcome: Outcome::SplitBrain,

@@ -384,11 +384,14 @@ impl World {
                 transit.from, transit.io.arrival
             )
         });
+        let write = received_write(transit.from, &command);
+        if data_direction(op) == DataDirection::None {
+            self.expect_zeroes(transit.io.arrival, write);
+        }
         let count = &self.nodes[node].received_memory;
         let payload = match data_direction(op) {
             DataDirection::HostToController => {
                 let content = Bytes::Held(std::mem::take(&mut transit.data));
-                let write = received_write(transit.from, &command);
                 Some(Payload::received(content, write, count))
             }
             DataDirection::ControllerToHost => {
@@ -412,6 +415,7 @@ impl World {
             panic!("[I11] command {} was answered twice", io.arrival);
         };
         self.note(node, || format!("answers {}: {answer:?}", io.arrival));
+        self.check_answered(node, io.arrival, answer);
         self.fenced += u64::from(answer == PeerAnswer::Fenced);
         self.coverage.answered(answer);
         let answer = PeerAnswer::from_dword0(answer.to_dword0());

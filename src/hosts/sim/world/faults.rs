@@ -87,6 +87,10 @@ impl World {
     pub fn power_loss(&mut self, node: usize) {
         self.note(node, || "lost power".to_owned());
         self.stop(node, true);
+        if self.config.volatile_caches {
+            // Where a Primary has it all, others may agree with each other on what this one has left, until they follow it.
+            self.nothing_counts();
+        }
         let keeps_all = |other: usize| {
             let engine = self.nodes[other].engine.as_ref();
             engine.is_some_and(|engine| {
@@ -96,7 +100,6 @@ impl World {
         // The Primary has it all, and whoever comes back follows it.
         if self.config.volatile_caches && !(0..self.nodes.len()).any(keeps_all) {
             self.ledger.power_lost();
-            self.nothing_counts();
             for app in self.apps.values_mut() {
                 app.cache_lost |= app.status.is_none();
             }

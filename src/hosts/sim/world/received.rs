@@ -1,9 +1,10 @@
 //! I5: a node's disk gets no write of a session that the node has ended, and no write twice. Judged by what is sent and by
 //! whose data reaches the disk; `deliver` tells. Nothing here changes the run.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::World;
+use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
 use crate::host::Data;
 use crate::hosts::sim::memory::ReceivedWrite;
@@ -16,6 +17,8 @@ pub(super) struct Received {
     sessions: BTreeMap<(usize, usize), Vec<u32>>,
     /// By node and peer.
     ends: BTreeMap<(usize, usize), End>,
+    /// By the numbers of their arrivals: writes that have no data, and were not answered.
+    zeroes: HashMap<u64, ReceivedWrite>,
 }
 
 /// How one node stands to a peer.
@@ -29,7 +32,9 @@ struct End {
 
 pub(super) fn received_write(from: usize, command: &PeerCommand) -> Option<ReceivedWrite> {
     match *command {
-        PeerCommand::Write { session, order, .. } => Some(ReceivedWrite {
+        PeerCommand::Write { session, order, .. }
+        | PeerCommand::WriteZeroes { session, order, .. }
+        | PeerCommand::Unmap { session, order, .. } => Some(ReceivedWrite {
             from,
             session,
             sequence: order.sequence(),
@@ -72,6 +77,28 @@ impl World {
                 self.describe()
             );
         }
+    }
+
+    /// A command has arrived; data tells by itself whose it is.
+    pub(super) fn expect_zeroes(&mut self, arrival: u64, write: Option<ReceivedWrite>) {
+        if let Some(write) = write {
+            self.received.zeroes.insert(arrival, write);
+        }
+    }
+
+    /// A command is answered: one that was carried out is of a session that the node has not ended.
+    pub(super) fn check_answered(&mut self, node: usize, arrival: u64, answer: PeerAnswer) {
+        let Some(write) = self.received.zeroes.remove(&arrival) else {
+            return;
+        };
+        let place = self.received.place(node, write.from, write.session);
+        let end = self.received.ends.get(&(node, write.from));
+        let is_late = end.is_some_and(|end| place < end.newest);
+        assert!(
+            !is_late || answer != PeerAnswer::Ok,
+            "[I5] node {node} carried out {write:?}, of a session that it has ended\n{}",
+            self.describe()
+        );
     }
 
     /// Data is given to a node's disk.
@@ -143,6 +170,23 @@ mod tests {
     #[should_panic(expected = "[I5]")]
     fn a_write_that_is_carried_out_twice_is_found() {
         after_two_sessions().check_received(1, &write_of(NEW));
+    }
+
+    #[test]
+    #[should_panic(expected = "[I5]")]
+    fn zeroes_of_a_session_that_has_ended_are_found() {
+        let mut world = after_two_sessions();
+        let write = |session| ReceivedWrite {
+            from: 0,
+            session,
+            sequence: 2,
+        };
+        for (arrival, session) in [(1, NEW), (2, OLD), (3, OLD)] {
+            world.expect_zeroes(arrival, Some(write(session)));
+        }
+        world.check_answered(1, 1, PeerAnswer::Ok);
+        world.check_answered(1, 2, PeerAnswer::Fenced);
+        world.check_answered(1, 3, PeerAnswer::Ok);
     }
 
     #[test]
