@@ -212,6 +212,8 @@ pub struct Node {
     pub message_ns: BTreeMap<(usize, usize), u64>,
     /// When the channels are polled next, and last when the manager is.
     pub planned_polls_ns: Vec<Option<u64>>,
+    /// By the same places: polls that have done nothing since anything else happened there.
+    pub vain_polls: Vec<u32>,
 }
 
 impl Node {
@@ -234,12 +236,18 @@ impl Node {
             outcomes: BTreeMap::new(),
             message_ns: BTreeMap::new(),
             planned_polls_ns: vec![None; cores + 1],
+            vain_polls: vec![0; cores + 1],
         }
     }
 
     pub fn planned_poll_ns(&mut self, place: usize) -> &mut Option<u64> {
         let last = self.planned_polls_ns.len() - 1;
         &mut self.planned_polls_ns[place.min(last)]
+    }
+
+    pub fn vain_polls(&mut self, place: usize) -> &mut u32 {
+        let last = self.vain_polls.len() - 1;
+        &mut self.vain_polls[place.min(last)]
     }
 
     /// From when on this place wants to be polled.

@@ -328,6 +328,7 @@ impl World {
             random,
             ..self.core(node)
         };
+        *self.nodes[node].vain_polls(place) = 0;
         call(&mut self.nodes[node], &mut core);
         if place == MANAGER {
             self.observe(node);

@@ -118,6 +118,7 @@ impl World {
         stopped.unanswered.clear();
         stopped.message_ns.clear();
         stopped.planned_polls_ns.fill(None);
+        stopped.vain_polls.fill(0);
         stopped.disk_faults.ends();
         for link in &mut stopped.links {
             *link = Link::new(cores);

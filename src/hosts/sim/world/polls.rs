@@ -6,6 +6,11 @@ use crate::hosts::sim::node::Core;
 
 /// Between two polls of what has something to do all the time.
 const PACE_NS: u64 = 100_000;
+/// So many polls in a row may do nothing. What waits on gets fewer and fewer of them: most polls of a run would be those
+/// of an I/O that a frozen disk or a dead link keeps for seconds, and each of them would find what the last one found.
+const VAIN_POLLS: u32 = 16;
+/// How often the time between two such polls is doubled.
+const DOUBLINGS: u32 = 5;
 /// How late a timer is looked at.
 const LATE_NS: u64 = MS;
 /// One call in so many is followed by a poll that must do nothing.
@@ -25,7 +30,11 @@ impl World {
             return;
         };
         let (from_ns, late_ns) = if due_ns <= self.now_ns {
-            (self.now_ns + PACE_NS, PACE_NS)
+            let vain = self.nodes[node]
+                .vain_polls(place)
+                .saturating_sub(VAIN_POLLS);
+            let pace_ns = PACE_NS << vain.min(DOUBLINGS);
+            (self.now_ns + pace_ns, pace_ns)
         } else {
             (due_ns, LATE_NS)
         };
@@ -52,7 +61,13 @@ impl World {
             return;
         }
         *planned_ns = None;
-        self.call(node, place, |node, cx| node.poll(place, cx));
+        let vain = *self.nodes[node].vain_polls(place);
+        self.call(node, place, |node, cx| {
+            node.poll(place, cx);
+            if cx.actions.is_empty() && !cx.has_asked {
+                *node.vain_polls(place) = vain + 1;
+            }
+        });
     }
 
     /// Up to the time that it has told, a poll does nothing.
