@@ -82,15 +82,19 @@ impl Disk {
     }
 
     /// What a power loss cannot take away, or the oldest of what it can bring back.
-    pub fn read_durable(&self, bytes: Range<u64>) -> Vec<u8> {
-        let mut out = self.read(bytes.clone());
+    pub fn durable_content(&self, bytes: Range<u64>) -> Bytes {
         let sectors = bytes.start / self.sector..bytes.end.div_ceil(self.sector);
-        for (sector, versions) in self.unflushed.range(sectors) {
+        let mut unflushed = self.unflushed.range(sectors).peekable();
+        if unflushed.peek().is_none() {
+            return self.content(bytes);
+        }
+        let mut out = self.read(bytes.clone());
+        for (sector, versions) in unflushed {
             let start = sector * self.sector;
             let from = (start - bytes.start) as usize;
             out[from..from + self.sector as usize].copy_from_slice(&versions[0].1);
         }
-        out
+        Bytes::Held(out)
     }
 
     /// Where pages begin that two devices do not have in common.
@@ -105,7 +109,7 @@ impl Disk {
         numbers.into_iter().map(|page| page * PAGE).collect()
     }
 
-    /// What was never written takes no room.
+    /// What is read now. What was never written takes no room.
     pub fn content(&self, bytes: Range<u64>) -> Bytes {
         let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
         if self.pages.range(pages).next().is_none() {

@@ -6,8 +6,11 @@
 mod register;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use register::Register;
+
+use super::memory::Bytes;
 
 /// Number of a write; 0 is "zeroes".
 pub type WriteId = u64;
@@ -31,20 +34,27 @@ impl Default for Ledger {
     }
 }
 
-/// Content of one block of a write.
-pub fn content(id: WriteId, lba: u64, block_size: usize) -> Vec<u8> {
-    let word = if id == 0 {
-        0
-    } else {
-        id << 24 | lba & 0xff_ffff
-    };
-    word.to_le_bytes().repeat(block_size / 8)
+/// Content of blocks of a write.
+pub fn content(id: WriteId, lba: u64, blocks: u32, block_size: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(blocks as usize * block_size);
+    for lba in lba..lba + u64::from(blocks) {
+        let word = if id == 0 {
+            0
+        } else {
+            id << 24 | lba & 0xff_ffff
+        };
+        for _ in 0..block_size / 8 {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    bytes
 }
 
 /// The write that a block is from; `None` when it is no write's.
 pub fn identify(block: &[u8], lba: u64) -> Option<WriteId> {
     let word = u64::from_le_bytes(block.get(..8)?.try_into().ok()?);
-    let uniform = block.chunks_exact(8).all(|other| other == &block[..8]);
+    // Each word is like the one before it.
+    let uniform = block.len() % 8 == 0 && block[8..] == block[..block.len() - 8];
     let fits = word == 0 || word & 0xff_ffff == lba & 0xff_ffff;
     (uniform && fits).then_some(word >> 24)
 }
@@ -140,30 +150,43 @@ impl Ledger {
         Ok(())
     }
 
-    /// Whether this content may be there now.
+    /// Whether this content may be in these blocks now.
     ///
     /// # Errors
     /// What is there instead.
-    pub fn check(&self, lba: u64, bytes: &[u8]) -> Result<(), String> {
-        let possible = match self.ranges.range(..=lba).next_back() {
-            Some((_, range)) => range.possible(),
-            None => vec![0],
-        };
-        let found = identify(bytes, lba);
-        if found.is_some_and(|found| possible.contains(&found)) {
-            return Ok(());
+    pub fn check(&self, lba: u64, content: &Bytes, block_size: usize) -> Result<(), String> {
+        let end = lba + (content.bytes().len() / block_size) as u64;
+        let mut at = lba;
+        while at < end {
+            let next = self.ranges.range(at + 1..end).next();
+            let next = next.map_or(end, |(&first, _)| first);
+            let possible = match self.ranges.range(..=at).next_back() {
+                Some((_, range)) => range.possible(),
+                None => vec![0],
+            };
+            if !(matches!(content, Bytes::Zeroes(_)) && possible.contains(&0)) {
+                let from = (at - lba) as usize * block_size;
+                let blocks = content.bytes()[from..].chunks_exact(block_size);
+                for (lba, block) in (at..next).zip(blocks) {
+                    let found = identify(block, lba);
+                    if !found.is_some_and(|found| possible.contains(&found)) {
+                        return Err(format!(
+                            "block {lba} holds {found:?}, but one of {possible:?} is right"
+                        ));
+                    }
+                }
+            }
+            at = next;
         }
-        Err(format!(
-            "block {lba} holds {found:?}, but one of {possible:?} is right"
-        ))
+        Ok(())
     }
 
-    /// Blocks that were ever written.
-    pub fn blocks(&self) -> impl Iterator<Item = u64> + '_ {
+    /// Blocks that were ever written, as ranges.
+    pub fn written(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let ends = self.ranges.keys().skip(1).copied();
         let ranges = self.ranges.iter().zip(ends);
         let written = ranges.filter(|((_, range), _)| range.was_written);
-        written.flat_map(|((&first, _), end)| first..end)
+        written.map(|((&first, _), end)| first..end)
     }
 
     fn tick(&mut self) -> u64 {
@@ -224,22 +247,45 @@ mod tests {
         ledger.read_begins(io, lba, contents.len() as u32);
         let blocks = (lba..).zip(contents);
         let bytes: Vec<u8> = blocks
-            .flat_map(|(lba, &id)| content(id, lba, BLOCK))
+            .flat_map(|(lba, &id)| content(id, lba, 1, BLOCK))
             .collect();
         ledger.read_ends(io, lba, &bytes, BLOCK)
+    }
+
+    fn check(ledger: &Ledger, lba: u64, bytes: Vec<u8>) -> Result<(), String> {
+        ledger.check(lba, &Bytes::Held(bytes), BLOCK)
+    }
+
+    #[test]
+    fn of_many_blocks_each_is_judged_by_its_own_history() {
+        let mut ledger = Ledger::default();
+        ledger.submitted(1, 1, 10, 10);
+        ledger.acknowledged(1, 10, 10, true);
+        let right = [content(0, 8, 2, BLOCK), content(1, 10, 10, BLOCK)].concat();
+        let right = [right, content(0, 20, 2, BLOCK)].concat();
+        assert_eq!(check(&ledger, 8, right.clone()), Ok(()));
+        for block in 0..14 {
+            let mut wrong = right.clone();
+            wrong[block * BLOCK + 100] ^= 1;
+            assert!(check(&ledger, 8, wrong).is_err(), "block {block}");
+        }
+        let zeroes = |blocks: usize| Bytes::zeroes(blocks * BLOCK);
+        assert_eq!(ledger.check(20, &zeroes(9), BLOCK), Ok(()));
+        assert!(ledger.check(8, &zeroes(3), BLOCK).is_err());
+        assert!(ledger.check(19, &zeroes(3), BLOCK).is_err());
     }
 
     #[test]
     fn an_acknowledged_write_is_the_only_one_that_may_be_there() {
         let mut ledger = Ledger::default();
         ledger.submitted(1, 1, 5, 1);
-        assert!(ledger.check(5, &content(0, 5, BLOCK)).is_ok());
+        assert!(check(&ledger, 5, content(0, 5, 1, BLOCK)).is_ok());
         ledger.acknowledged(1, 5, 1, false);
-        assert!(ledger.check(5, &content(0, 5, BLOCK)).is_err());
-        assert!(ledger.check(5, &content(1, 6, BLOCK)).is_err());
-        assert!(ledger.check(5, &content(1, 5, BLOCK)).is_ok());
+        assert!(check(&ledger, 5, content(0, 5, 1, BLOCK)).is_err());
+        assert!(check(&ledger, 5, content(1, 6, 1, BLOCK)).is_err());
+        assert!(check(&ledger, 5, content(1, 5, 1, BLOCK)).is_ok());
         ledger.power_lost();
-        assert!(ledger.check(5, &content(0, 5, BLOCK)).is_ok());
+        assert!(check(&ledger, 5, content(0, 5, 1, BLOCK)).is_ok());
     }
 
     #[test]
@@ -249,12 +295,12 @@ mod tests {
         ledger.submitted(2, 2, 0, 1);
         ledger.acknowledged(1, 0, 2, false);
         ledger.acknowledged(2, 0, 1, false);
-        assert!(ledger.check(0, &content(1, 0, BLOCK)).is_ok());
-        assert!(ledger.check(0, &content(2, 0, BLOCK)).is_ok());
-        assert!(ledger.check(1, &content(0, 1, BLOCK)).is_err());
-        let mut mixed = content(1, 0, BLOCK);
-        mixed[256..].copy_from_slice(&content(2, 0, 256));
-        assert!(ledger.check(0, &mixed).is_err());
+        assert!(check(&ledger, 0, content(1, 0, 1, BLOCK)).is_ok());
+        assert!(check(&ledger, 0, content(2, 0, 1, BLOCK)).is_ok());
+        assert!(check(&ledger, 1, content(0, 1, 1, BLOCK)).is_err());
+        let mut mixed = content(1, 0, 1, BLOCK);
+        mixed[256..].copy_from_slice(&content(2, 0, 1, 256));
+        assert!(check(&ledger, 0, mixed.clone()).is_err());
         ledger.read_begins(3, 0, 1);
         assert!(ledger.read_ends(3, 0, &mixed, BLOCK).is_err());
     }
@@ -269,10 +315,8 @@ mod tests {
         assert!(read(&mut ledger.clone(), 3, 14, &[0]).is_err());
         assert!(read(&mut ledger.clone(), 3, 16, &[1]).is_err());
         assert_eq!(read(&mut ledger, 3, 18, &[1]), Ok(()));
-        assert_eq!(
-            ledger.blocks().collect::<Vec<_>>(),
-            (10..20).collect::<Vec<_>>()
-        );
+        let written: Vec<u64> = ledger.written().flatten().collect();
+        assert_eq!(written, (10..20).collect::<Vec<_>>());
     }
 
     #[test]

@@ -44,6 +44,8 @@ pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1_000 * MS;
 /// How much time may pass before a condition is looked at again.
 const LOOK_NS: u64 = 100_000;
+/// Where the data of a volume begins on each of its devices.
+const DATA_OFFSET: u64 = 1 << 20;
 /// The name of the volume of a world.
 const VOLUME: &str = "volume";
 /// The token of all I/O of an opener.

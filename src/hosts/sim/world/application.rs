@@ -25,13 +25,7 @@ impl World {
         let id = self.id();
         let block = self.config.block_size as usize;
         let memory = match kind {
-            RequestKind::Write { .. } => {
-                let mut bytes = Vec::with_capacity(blocks as usize * block);
-                for lba in lba..lba + u64::from(blocks) {
-                    bytes.extend_from_slice(&content(id, lba, block));
-                }
-                Some(Bytes::Held(bytes))
-            }
+            RequestKind::Write { .. } => Some(Bytes::Held(content(id, lba, blocks, block))),
             RequestKind::Read => Some(Bytes::fresh(blocks as usize * block)),
             _ => None,
         };

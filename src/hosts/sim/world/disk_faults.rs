@@ -1,7 +1,7 @@
 //! What goes wrong with a node's disk: it is slow, it fails some of what it is asked for, it keeps requests and says
 //! nothing, a block of its metadata rots. Called by tests and campaigns; `deliver` asks here how a request ends.
 
-use super::{SECOND, VOLUME, What, World};
+use super::{DATA_OFFSET, SECOND, VOLUME, What, World};
 use crate::engine::meta::activity_log::ring::{RingId, parse};
 use crate::engine::meta::block::BLOCK_SIZE;
 use crate::engine::meta::format::volume_uuid_of_name;
@@ -10,8 +10,6 @@ use crate::host::{Data, DiskIo, DiskOp};
 use crate::hosts::sim::node::DiskWork;
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
-/// Where a volume's data begins on its device.
-const DATA_OFFSET: u64 = 1 << 20;
 
 /// Which requests fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

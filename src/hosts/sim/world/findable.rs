@@ -1,7 +1,7 @@
 //! What a crash of any node leaves: read from the disks alone, as a node reads its own when it starts, and compared with
 //! each other. Called at moments that the run chooses. Nothing here changes the run.
 
-use super::{OPENER, What, World};
+use super::{DATA_OFFSET, OPENER, What, World};
 use crate::engine::bitmap::page::{BITS_PER_PAGE, Page};
 use crate::engine::message::{HarvestedPages, ToManager};
 use crate::engine::meta::generation::Generations;
@@ -12,10 +12,8 @@ use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::volume::EXTENT_BYTES;
 use crate::host::{Completion, Data, IoStatus};
 use crate::hosts::sim::ledger::identify;
-use crate::hosts::sim::memory::{Buffer, Bytes};
+use crate::hosts::sim::memory::Buffer;
 use crate::hosts::sim::node::{Action, Core, Engine};
-
-const DATA_OFFSET: u64 = 1 << 20;
 
 impl World {
     /// What a node that starts now finds on its disk; `None` if it is none of this volume, or damaged.
@@ -31,12 +29,12 @@ impl World {
             let Some(Action::Disk(token, io, _)) = core.actions.pop() else {
                 return None;
             };
-            let bytes = disk.read_durable(io.offset..io.offset + io.len);
+            let found = disk.durable_content(io.offset..io.offset + io.len);
             let completion = Completion {
                 token,
                 status: IoStatus::Ok,
                 answer: PeerAnswer::Ok,
-                data: Data::Buffer(Buffer::new(Bytes::Held(bytes), &core.buffers)),
+                data: Data::Buffer(Buffer::new(found, &core.buffers)),
             };
             if let Some(opened) = opener.complete(completion).ok()? {
                 return Some(opened);
@@ -48,11 +46,21 @@ impl World {
     /// was given up.
     pub fn check_findable(&self) {
         let nodes = self.nodes.len();
-        let found: Vec<Option<Opened>> = (0..nodes).map(|node| self.recovered(node)).collect();
+        let bytes = DATA_OFFSET..DATA_OFFSET + self.config.volume_bytes;
+        let mut found: Vec<Option<Option<Opened>>> = (0..nodes).map(|_| None).collect();
         for one in 0..nodes {
             for other in 0..one {
-                if let (Some(here), Some(there)) = (&found[one], &found[other]) {
-                    self.check_findable_between((one, here), (other, there));
+                let (first, second) = (&self.nodes[one].disk, &self.nodes[other].disk);
+                let different = first.different_pages(second, bytes.clone());
+                // Where nothing differs nobody needs to know anything.
+                if different.is_empty() {
+                    continue;
+                }
+                for node in [one, other] {
+                    found[node].get_or_insert_with(|| self.recovered(node));
+                }
+                if let (Some(Some(here)), Some(Some(there))) = (&found[one], &found[other]) {
+                    self.check_findable_between((one, here), (other, there), &different);
                 }
             }
         }
@@ -62,6 +70,7 @@ impl World {
         &self,
         (one, here): (usize, &Opened),
         (other, there): (usize, &Opened),
+        different: &[u64],
     ) {
         let (Some(slot), Some(back)) = (slot_of(here, other), slot_of(there, one)) else {
             return;
@@ -81,9 +90,7 @@ impl World {
         if !go_by_bitmap {
             return;
         }
-        let bytes = DATA_OFFSET..DATA_OFFSET + self.config.volume_bytes;
-        let (first, second) = (&self.nodes[one].disk, &self.nodes[other].disk);
-        for at in first.different_pages(second, bytes) {
+        for at in different {
             let at = at - DATA_OFFSET;
             assert!(
                 knows(here, slot, at) || knows(there, back, at),

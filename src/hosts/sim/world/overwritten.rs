@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::World;
+use super::{DATA_OFFSET, World};
 use crate::engine::channel::TOKEN_MANAGER;
 use crate::engine::manager::Order;
 use crate::engine::peer::state::DiskState;
@@ -13,8 +13,6 @@ use crate::host::{Data, DiskIo, DiskOp, Token};
 use crate::hosts::sim::ledger::{WriteId, identify};
 use crate::hosts::sim::memory::Bytes;
 use crate::hosts::sim::node::Core;
-
-const DATA_OFFSET: u64 = 1 << 20;
 
 /// The application's writes, in the order of their numbers, which are moments too.
 #[derive(Default)]
@@ -194,7 +192,7 @@ mod tests {
 
     /// A resync of node 1 writes this into a block.
     fn resync(world: &World, new: WriteId) {
-        let data = Bytes::Held(content(new, LBA, BLOCK));
+        let data = Bytes::Held(content(new, LBA, 1, BLOCK));
         let data = Data::Buffer(Buffer::new(data, &Count::default()));
         let io = DiskIo {
             op: DiskOp::Write { fua: false },

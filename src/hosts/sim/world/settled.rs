@@ -1,11 +1,14 @@
 //! What a node says of itself, and whether all is well: connected, UpToDate, identical. Tests and the campaign ask when
 //! nothing disturbs the nodes any more.
 
-use super::{MS, SECOND, World};
+use super::{DATA_OFFSET, MS, SECOND, World};
 use crate::engine::manager::{PeerReport, VolumeState};
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::hosts::sim::disk::Disk;
 use crate::hosts::sim::ledger::identify;
+
+/// Bytes that are looked at together.
+const LOOK_BYTES: u64 = 64 << 10;
 
 impl World {
     pub fn state(&self, node: usize) -> VolumeState {
@@ -56,7 +59,7 @@ impl World {
 
     /// The replicas are identical, hold what was acknowledged, and no bit is set.
     pub fn check_replicas(&self) {
-        let start = 1 << 20;
+        let start = DATA_OFFSET;
         let bytes = start..start + self.config.volume_bytes;
         for node in 1..self.nodes.len() {
             let (first, other) = (&self.nodes[0].disk, &self.nodes[node].disk);
@@ -105,11 +108,14 @@ impl World {
     /// What the disk of a node holds is what the application may read.
     pub fn check_content(&self, node: usize) {
         let block = u64::from(self.config.block_size);
-        for lba in self.ledger.blocks() {
-            let at = (1 << 20) + lba * block;
-            let bytes = self.nodes[node].disk.read(at..at + block);
-            if let Err(text) = self.ledger.check(lba, &bytes) {
-                panic!("[durability] node {node}: {text}\n{}", self.describe());
+        let disk = &self.nodes[node].disk;
+        for range in self.ledger.written() {
+            for first in range.clone().step_by((LOOK_BYTES / block) as usize) {
+                let end = (first + LOOK_BYTES / block).min(range.end);
+                let content = disk.content(DATA_OFFSET + first * block..DATA_OFFSET + end * block);
+                if let Err(text) = self.ledger.check(first, &content, block as usize) {
+                    panic!("[durability] node {node}: {text}\n{}", self.describe());
+                }
             }
         }
     }

@@ -193,7 +193,7 @@ impl Run {
             return;
         };
         let size_blocks = self.world.config.volume_bytes / u64::from(self.world.config.block_size);
-        let mut lbas: Vec<u64> = self.world.ledger.blocks().collect();
+        let mut lbas: Vec<u64> = self.world.ledger.written().flatten().collect();
         lbas.retain(|lba| lba % 8 == 0 && lba + 8 <= size_blocks);
         for lba in lbas.into_iter().take(64) {
             self.world.submit(node, 0, RequestKind::Read, lba, 8);
