@@ -118,6 +118,8 @@ mutations! {
     SplitBrainOverlooked: "I9",
     /// Of two nodes with changes of their own, the one with the higher number gives up its own unasked.
     SplitBrainResolvedUnasked: "I9",
+    /// Two nodes with changes of their own do not connect, and do not say why.
+    SplitBrainUnreported: "I9",
     /// A Primary whose disk is attached again takes up no I/O.
     SuspendedForEver: "I10",
     /// A promotion goes on waiting for a peer that is lost.

@@ -185,7 +185,9 @@ impl<H: Host> Manager<H> {
             PeerAnswer::Refused(code @ (SPLIT_BRAIN | UNRELATED))
                 if !mutation::is(Mutation::SplitBrainOverlooked) =>
             {
-                let text = if code == SPLIT_BRAIN {
+                let text = if mutation::is(Mutation::SplitBrainUnreported) {
+                    "refused by the peer"
+                } else if code == SPLIT_BRAIN {
                     "SplitBrain: found by the peer"
                 } else {
                     "Unrelated: found by the peer"
@@ -506,6 +508,9 @@ impl<H: Host> Manager<H> {
 /// Why this decision ends the connection, for the operator; `None` if it does not.
 fn refusal(decision: &Decision) -> Option<String> {
     let Decision { rule, outcome } = decision;
+    if mutation::is(Mutation::SplitBrainUnreported) && *outcome == Outcome::SplitBrain {
+        return Some("refused".to_owned());
+    }
     (!outcome.connects()).then(|| format!("{outcome:?}: {rule}"))
 }
 
