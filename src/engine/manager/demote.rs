@@ -56,6 +56,7 @@ impl<H: Host> Manager<H> {
         if let Some(order) = self.orders.iter_mut().find(|order| order.id == id) {
             order.work = Work::Demoted { waiting };
         }
+        self.hello_changed(cx);
         self.check_demoted(cx);
     }
 

@@ -18,6 +18,24 @@ const REATTACH_NS: u64 = 10_000_000_000;
 impl<H: Host> Manager<H> {
     /// Starts using a device that has been opened. Channels get it when its metadata says that it is in use.
     pub fn attach(&mut self, cx: &mut H, opened: Opened) {
+        self.view.disk = DiskState::Attaching;
+        if self.view.role == Role::Primary {
+            // What has begun may need a generation of what the peers have, and this disk has another past.
+            self.opened = Some(Box::new(opened));
+            self.hold_for_attach(cx);
+        } else {
+            self.take_disk(cx, opened);
+        }
+        self.run(cx);
+    }
+
+    fn hold_for_attach(&mut self, cx: &mut H) {
+        self.view.suspended = true;
+        self.adopt(cx, Then::Disk(DiskStep::AttachHeld));
+    }
+
+    /// From here on this node is what its disk says.
+    fn take_disk(&mut self, cx: &mut H, opened: Opened) {
         let geometry = self.shared.geometry;
         // What this node was last told is durable here or at a peer, whatever this disk says.
         let saw = self.exposed.unwrap_or(self.durable.current);
@@ -56,7 +74,6 @@ impl<H: Host> Manager<H> {
         }
         self.log_sequences = opened.log_numbers;
         self.metadata.enabled = true;
-        self.view.disk = DiskState::Attaching;
         self.view.own_disk_may_miss = false;
         if std::mem::take(&mut self.disk_is_behind)
             && self.view.role == Role::Secondary
@@ -72,7 +89,6 @@ impl<H: Host> Manager<H> {
         self.superblock.flags.primary |= self.view.role == Role::Primary;
         self.commit_pages(cx, Then::Nothing);
         self.commit_superblock(cx, Then::Disk(DiskStep::AttachDurable));
-        self.run(cx);
     }
 
     /// Writes the disk state into the superblock, where it is one that outlives an attach.
@@ -101,7 +117,12 @@ impl<H: Host> Manager<H> {
             DiskStep::AttachHeld => {
                 self.drain(cx, Drain::Application, Then::Disk(DiskStep::AttachQuiet))
             }
-            DiskStep::AttachQuiet => self.attach_quiet(cx),
+            DiskStep::AttachQuiet => match self.opened.take() {
+                Some(opened) if self.view.disk == DiskState::Attaching && !self.closing => {
+                    self.take_disk(cx, *opened);
+                }
+                _ => self.attach_quiet(cx),
+            },
             DiskStep::Attached => {
                 self.hello_changed(cx);
                 self.attach_ended(cx, Ok(()));
@@ -124,8 +145,7 @@ impl<H: Host> Manager<H> {
     fn attach_durable(&mut self, cx: &mut H) {
         if self.view.role == Role::Primary {
             // What has begun has nothing but the sessions that are about to end.
-            self.view.suspended = true;
-            self.adopt(cx, Then::Disk(DiskStep::AttachHeld));
+            self.hold_for_attach(cx);
         } else {
             self.attach_quiet(cx);
         }

@@ -2,6 +2,7 @@
 //! the session's commands, confirm, and enter the decided state. Called by `session`, which also ends what begins here.
 
 use super::Manager;
+use super::orders::Work;
 use super::outbox::{self, Call};
 use super::peer::{Asked, Decided, Link};
 use super::pull;
@@ -130,6 +131,13 @@ impl<H: Host> Manager<H> {
         let geometry = &self.shared.geometry;
         let superblock = &self.superblock;
         let generations = &superblock.generations;
+        // Until the application's I/O has ended it is as much the Primary's as before.
+        let is_demoting = self.is_under_way(|work| matches!(work, Work::Demoting));
+        let role = if is_demoting {
+            Role::Primary
+        } else {
+            self.view.role
+        };
         Hello {
             protocol_min: PROTOCOL_VERSIONS.0,
             protocol_max: PROTOCOL_VERSIONS.1,
@@ -140,9 +148,9 @@ impl<H: Host> Manager<H> {
             block_size_bytes: geometry.block_size,
             size_blocks: geometry.size_blocks,
             granularity_log2: geometry.granularity_log2,
-            role: self.view.role,
+            role,
             disk: self.view.disk,
-            crashed_primary: superblock.flags.primary && self.view.role != Role::Primary,
+            crashed_primary: superblock.flags.primary && role != Role::Primary,
             unclean: self.unclean,
             wants_full_sync: superblock.peers[slot].is_some_and(|peer| peer.full_sync),
             discard_my_data: self.peers[slot].discard_my_data,
@@ -264,17 +272,16 @@ impl<H: Host> Manager<H> {
     /// The application has seen newer data than this Primary's disk has, and this peer would not give it: whoever has it
     /// goes first, or the application would read what is old.
     fn awaits_newer_data_than(&self, cx: &H, slot: PeerSlot, theirs: &Hello) -> bool {
-        self.exposed.is_some_and(|exposed| {
-            self.view.disk_is_usable()
-                && theirs.current_generation != exposed
-                && matches!(
-                    decide(&self.hello(cx, slot, 1), theirs).outcome,
-                    Outcome::InSync
-                        | Outcome::ConnectWithoutSync
-                        | Outcome::SyncSource { .. }
-                        | Outcome::Ahead
-                )
-        })
+        let Some(exposed) = self.exposed.filter(|_| self.view.disk_is_usable()) else {
+            return false;
+        };
+        let has_other_data = theirs.current_generation != exposed;
+        match decide(&self.hello(cx, slot, 1), theirs).outcome {
+            // One that was invalidated has given up its data, not its generation.
+            Outcome::SyncSource { .. } => has_other_data || theirs.disk < DiskState::Outdated,
+            Outcome::InSync | Outcome::ConnectWithoutSync | Outcome::Ahead => has_other_data,
+            _ => false,
+        }
     }
 
     /// Both Hellos are known: decide, have the channels accept the session, and confirm.

@@ -38,6 +38,7 @@ use crate::engine::channel::TOKEN_MANAGER;
 use crate::engine::message::{OrderId, ToChannel, ToManager};
 use crate::engine::meta::superblock::Superblock;
 use crate::engine::mutation::{self, Mutation};
+use crate::engine::open::Opened;
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::state::{DiskState, Role};
@@ -134,6 +135,8 @@ pub struct Manager<H: Host> {
     hello_count: u32,
     /// A Primary with a disk that was attached again holds I/O until a peer is there, or until then.
     reattach_until_ns: Option<u64>,
+    /// The disk that a Primary attaches, while what has begun without it ends.
+    opened: Option<Box<Opened>>,
     /// The generation that this node went on with while it had no disk, if the disk that was attached since has another.
     exposed: Option<u64>,
     /// The disk that was let go lacks what may have been written since.
@@ -178,6 +181,7 @@ impl<H: Host> Manager<H> {
             hello_start: 0,
             hello_count: 0,
             reattach_until_ns: None,
+            opened: None,
             exposed: None,
             disk_is_behind: false,
             promotion: 0,
