@@ -195,6 +195,8 @@ pub struct Node {
     pub opener: Option<Opener<Core>>,
     /// The engine has the disk.
     pub disk_open: bool,
+    /// It has been told to let everything go: a device that is being opened then is not taken.
+    pub is_closing: bool,
     pub disk_work: BTreeMap<u64, DiskWork>,
     pub disk_faults: DiskFaults,
     pub slowness: Slowness,
@@ -225,6 +227,7 @@ impl Node {
             engine: None,
             opener: None,
             disk_open: false,
+            is_closing: false,
             disk_work: BTreeMap::new(),
             disk_faults: DiskFaults::default(),
             slowness: Slowness::default(),

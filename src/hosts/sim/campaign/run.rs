@@ -497,8 +497,7 @@ impl Run {
     }
 
     fn close(&mut self, node: usize) {
-        let is_opening = self.world.nodes[node].opener.is_some();
-        if is_up(&self.world, node) && !is_opening && !self.is_closing(node) {
+        if is_up(&self.world, node) && !self.is_closing(node) {
             self.lead.closes(&self.world, node);
             let order = self.world.order(node, Order::Close);
             self.stopping.push((node, order));

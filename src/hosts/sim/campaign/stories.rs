@@ -27,11 +27,13 @@ pub fn draw(random: &mut Random, shape: &Shape) -> Story {
         cores: shape.cores,
         place: random.below(8) as u8,
     };
-    match random.below(10) {
+    match random.below(12) {
         0..5 => cast.writes_meet_a_resync(random),
         5 => cast.a_session_ends_in_the_middle(random),
         6..8 => cast.a_session_ends_over_a_slow_disk(random),
-        _ => cast.a_promotion_is_followed_by_trouble(random),
+        8..10 => cast.a_promotion_is_followed_by_trouble(random),
+        10 => cast.a_disk_comes_back_twice(random),
+        _ => cast.a_crashed_primary_goes_on_alone(random),
     }
 }
 
@@ -322,5 +324,55 @@ impl Cast {
         }
         story.extend(self.recovery(random));
         story
+    }
+    /// The disk goes again while what it has missed is fetched, and has missed more when it comes back: the application
+    /// reads that at once.
+    fn a_disk_comes_back_twice(&self, random: &mut Random) -> Story {
+        let Cast { node, .. } = *self;
+        let again = self.after(random, node, Moment::Target, Deed::Detach { node });
+        let every_us = one_of(random, &[0, 2, 10]);
+        let load = self.load(random, 40, every_us);
+        vec![
+            (0, Deed::Detach { node }),
+            (random.below(3_000), self.load(random, 30, 30)),
+            (0, again),
+            (random.below(10_000), Deed::Attach { node }),
+            (random.between(2_000, 100_000), self.load(random, 30, 30)),
+            (
+                0,
+                Deed::Await {
+                    node,
+                    moment: Moment::WaitsForBitmap,
+                    skip: 0,
+                    after_us: random.below(100),
+                    then: Box::new(load),
+                },
+            ),
+            (random.between(1_000, 20_000), Deed::Attach { node }),
+        ]
+    }
+
+    /// What it had written and its peer had not is read there before the two meet again.
+    fn a_crashed_primary_goes_on_alone(&self, random: &mut Random) -> Story {
+        let Cast { node, peer, .. } = *self;
+        let cut = Deed::CutOneWay {
+            from: node,
+            to: peer,
+        };
+        let heal = Deed::Heal {
+            one: node,
+            other: peer,
+        };
+        vec![
+            (0, cut),
+            (random.below(50), self.load(random, 20, 10)),
+            (random.between(100, 2_000), Deed::Kill { node }),
+            (random.between(100, 5_000), Deed::Start { node }),
+            (random.between(20_000, 40_000), self.load(random, 20, 100)),
+            (random.between(500, 10_000), Deed::Kill { node }),
+            (random.below(10_000), heal),
+            (0, Deed::Start { node }),
+            (random.between(5_000, 100_000), self.load(random, 20, 100)),
+        ]
     }
 }

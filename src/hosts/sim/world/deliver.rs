@@ -146,6 +146,8 @@ impl World {
             }
             Action::LinkOpen(slot, address) => self.open_link(node, slot, &address),
             Action::LinkClose(slot) => self.close_link(node, slot),
+            // A device that is being opened is not the engine's yet.
+            Action::DiskClose if self.nodes[node].opener.is_some() => {}
             Action::DiskClose => {
                 let work = &self.nodes[node].disk_work;
                 assert!(work.is_empty(), "[I11] the disk was let go with I/O on it");

@@ -30,11 +30,24 @@ impl World {
             };
             let mut at_ns = self.now_ns;
             for event in stopped {
-                if self.is_alive(&event) || self.random.chance(50) {
+                let is_alive = self.is_alive(&event);
+                if is_alive || self.random.chance(50) {
                     at_ns += self.random.below(100_000);
+                    if is_alive {
+                        self.nothing_overtakes(&event, at_ns);
+                    }
                     self.schedule(at_ns, event);
                 }
             }
+        }
+    }
+
+    /// What is sent from here on arrives behind this on its queue pair.
+    fn nothing_overtakes(&mut self, event: &Event, at_ns: u64) {
+        if let What::Arrived(transit) = &event.what {
+            let link = &mut self.nodes[transit.from].links[transit.io.slot];
+            let last = &mut link.last_arrival_ns[transit.core];
+            *last = at_ns.max(*last);
         }
     }
 
@@ -115,6 +128,7 @@ impl World {
         stopped.engine = None;
         stopped.opener = None;
         stopped.disk_open = false;
+        stopped.is_closing = false;
         stopped.unanswered.clear();
         stopped.message_ns.clear();
         stopped.planned_polls_ns.fill(None);

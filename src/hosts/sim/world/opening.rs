@@ -126,6 +126,14 @@ impl World {
     }
 
     pub(super) fn opened(&mut self, node: usize, opened: Opened) {
+        if self.nodes[node].is_closing {
+            self.note(node, || {
+                "opened for a volume that is being deleted".to_owned()
+            });
+            self.nodes[node].opener = None;
+            self.nodes[node].disk_open = false;
+            return;
+        }
         let Config {
             cores,
             command_window,

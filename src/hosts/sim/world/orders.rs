@@ -12,6 +12,7 @@ impl World {
         let id = self.id();
         self.note(node, || format!("order {id}: {order:?}"));
         self.given_up_by(node, &order);
+        self.nodes[node].is_closing |= matches!(order, Order::Close);
         let incarnation = self.nodes[node].incarnation;
         self.orders
             .push((node, incarnation, id, format!("{order:?}")));
