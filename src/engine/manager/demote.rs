@@ -13,9 +13,7 @@ use crate::host::{Host, PeerSlot};
 
 impl<H: Host> Manager<H> {
     pub(super) fn demote(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
-        let promoting =
-            self.is_under_way(|work| matches!(work, Work::Promoting { .. } | Work::Committing));
-        if promoting || self.is_leaving() {
+        if self.is_promoting() || self.is_leaving() {
             return Some(busy("the volume is being promoted or detached; try again"));
         }
         if self.view.role != Role::Primary {

@@ -2,6 +2,7 @@
 //! before anything else is written.
 
 use super::Manager;
+use super::orders::busy;
 use super::steps::{DiskStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{DiskStart, Drain, OrderError, OrderErrorKind, ToChannel};
@@ -18,6 +19,13 @@ const REATTACH_NS: u64 = 10_000_000_000;
 impl<H: Host> Manager<H> {
     /// Starts using a device that has been opened. Channels get it when its metadata says that it is in use.
     pub fn attach(&mut self, cx: &mut H, opened: Opened) {
+        if self.is_promoting() {
+            // Peers are being told that this node goes on without its disk.
+            cx.disk_close();
+            let text = "the volume is being promoted; try again";
+            self.attach_ended(cx, busy(text));
+            return self.run(cx);
+        }
         self.view.disk = DiskState::Attaching;
         if self.view.role == Role::Primary {
             // What has begun may need a generation of what the peers have, and this disk has another past.

@@ -61,6 +61,7 @@ impl<H: Host> Manager<H> {
                 }
             }
             Work::Promoting { .. } | Work::Demoted { .. } => Some(order.deadline_ns),
+            Work::Committing if self.generation.waits_for_peers() => Some(order.deadline_ns),
             Work::Attach | Work::Committing | Work::Demoting | Work::Leaving | Work::Running => {
                 None
             }

@@ -217,6 +217,7 @@ impl<H: Host> Manager<H> {
         self.superblock
             .generations
             .start_sync_as_target(body.source_generation);
+        self.generation_changed();
         self.inherit_generations(slot);
         self.view.disk = DiskState::Inconsistent;
         self.record_disk();

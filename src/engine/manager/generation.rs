@@ -3,14 +3,15 @@
 
 use super::Manager;
 use super::outbox::Call;
-use super::steps::Then;
+use super::steps::{OrderStep, Then};
 use crate::engine::MAX_PEERS;
+use crate::engine::message::OrderId;
 use crate::engine::meta::generation::from_random;
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::NewGenerationBody;
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::state::DiskState;
+use crate::engine::peer::state::{DiskState, Role};
 use crate::engine::request::LOCAL_MASK;
 use crate::host::{Host, PeerSlot};
 
@@ -30,11 +31,17 @@ pub(super) struct Bump {
     agreed: u8,
     /// What was asked for meanwhile: slots, and this node's disk.
     again: u8,
+    /// The promotions that wait for this.
+    promotions: Vec<OrderId>,
 }
 
 impl Bump {
     pub(super) fn is_running(&self) -> bool {
         self.running
+    }
+
+    pub(super) fn waits_for_peers(&self) -> bool {
+        self.waiting != 0
     }
 }
 
@@ -94,7 +101,8 @@ impl<H: Host> Manager<H> {
             || (0..MAX_PEERS).any(|slot| {
                 missing & (1 << slot) != 0 && self.superblock.generations.needs_bump(slot)
             })
-            || (self.has_third_nodes() && missing & !self.generation.agreed != 0);
+            || (self.has_third_nodes() && missing & !self.generation.agreed != 0)
+            || self.has_shared_generation();
         let old = self.superblock.generations.current;
         if needed {
             let new = loop {
@@ -104,6 +112,7 @@ impl<H: Host> Manager<H> {
                 }
             };
             self.superblock.generations.bump(new, missing);
+            self.generation_changed();
             self.superblock.flags.told = self.has_third_nodes();
             self.hello_changed(cx);
         }
@@ -162,6 +171,8 @@ impl<H: Host> Manager<H> {
     pub(super) fn generation_taken(&mut self, cx: &mut H, slot: PeerSlot, round: u64) {
         if self.generation.round == round {
             self.generation.waiting &= !(1 << slot);
+            // Its state may be later than its answer.
+            self.peers[slot].current_generation = self.superblock.generations.current;
             if !self.metadata.enabled {
                 // Without a disk of our own the peers' word is what counts.
                 self.durable = self.superblock.generations.clone();
@@ -203,8 +214,53 @@ impl<H: Host> Manager<H> {
                 self.commit_superblock(cx, Then::Nothing);
             }
         }
-        if again != 0 {
+        if again != 0 || (self.has_shared_generation() && self.view.role == Role::Primary) {
             self.start_generation(cx, again & !LOCAL_MASK, again & LOCAL_MASK != 0);
+        }
+        self.check_promotion();
+    }
+
+    /// Nodes that are no peers may have the current generation.
+    fn has_shared_generation(&self) -> bool {
+        let flags = &self.superblock.flags;
+        flags.parted || flags.assume_clean
+    }
+
+    /// The data is of another generation than it was: what was known of who else has it does not hold any more.
+    pub(super) fn generation_changed(&mut self) {
+        self.superblock.flags.assume_clean = false;
+        self.superblock.flags.parted = false;
+    }
+
+    /// Before an application reads here, whoever is not there is known, by a generation, to lack what it reads: the last
+    /// Primary may have writes on its disk that it died before completing, and they must not come back.
+    pub(super) fn generation_for_promotion(&mut self, cx: &mut H, id: OrderId) {
+        self.generation.promotions.push(id);
+        let without_own_disk = self.view.disk == DiskState::Diskless;
+        let is_known = (0..MAX_PEERS).all(|slot| {
+            let peer = &self.view.peers[slot];
+            !peer.configured || peer.has_latest() || self.may_miss(slot)
+        });
+        if !is_known || without_own_disk || self.has_shared_generation() {
+            self.start_generation(cx, 0, without_own_disk);
+        }
+        self.check_promotion();
+    }
+
+    fn check_promotion(&mut self) {
+        if !self.generation.running {
+            let agreed = |id| Then::OrderStep(id, OrderStep::PromoteAgreed);
+            let promotions = self.generation.promotions.drain(..);
+            self.ready.extend(promotions.map(agreed));
+        }
+    }
+
+    /// Peers that do not answer are gone on without.
+    pub(super) fn give_up_on_generation(&mut self, cx: &mut H) {
+        for slot in 0..MAX_PEERS {
+            if self.generation.waiting & (1 << slot) != 0 {
+                self.lose_session(cx, slot, "the peer does not take the generation");
+            }
         }
     }
 
@@ -235,6 +291,7 @@ impl<H: Host> Manager<H> {
             .fold(0u8, |mask, slot| mask | 1 << slot);
         if body.new_current != generations.current {
             generations.bump(body.new_current, missing);
+            self.generation_changed();
             self.superblock.flags.told = self.has_third_nodes();
             self.hello_changed(cx);
         }

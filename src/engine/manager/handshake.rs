@@ -486,6 +486,7 @@ impl<H: Host> Manager<H> {
                 } else {
                     theirs.current_generation
                 });
+                self.generation_changed();
                 self.superblock.flags.told = false;
                 self.commit_superblock(cx, Then::Nothing);
                 self.hello_changed(cx);

@@ -5,7 +5,7 @@ use super::outbox::Call;
 use super::steps::{OrderStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{Drain, OrderError, OrderErrorKind, OrderId, OrderOutcome};
-use crate::engine::meta::generation::{JUST_CREATED, from_random};
+use crate::engine::meta::generation::JUST_CREATED;
 use crate::engine::meta::superblock;
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::command::PeerCommand;
@@ -67,7 +67,8 @@ pub(super) enum Work {
         peers: u8,
         after: After,
     },
-    /// All peers have agreed; nobody else may be promoted any more.
+    /// All peers have agreed; nobody else may be promoted any more. Those that are to have the generation that it starts
+    /// with may not have it yet.
     Committing,
     Demoting,
     /// Peers in the mask may still take this node for the Primary.
@@ -157,6 +158,11 @@ impl<H: Host> Manager<H> {
         self.orders.iter().any(|order| is(&order.work))
     }
 
+    /// Peers have been asked, or have agreed already.
+    pub(super) fn is_promoting(&self) -> bool {
+        self.is_under_way(|work| matches!(work, Work::Promoting { .. } | Work::Committing))
+    }
+
     pub(super) fn is_leaving(&self) -> bool {
         self.is_under_way(|work| matches!(work, Work::Leaving))
     }
@@ -227,16 +233,13 @@ impl<H: Host> Manager<H> {
             full_sync: self.view.disk == DiskState::Inconsistent
                 && self.superblock.generations.current != JUST_CREATED,
         });
-        let generations = &mut self.superblock.generations;
-        generations.bitmap[slot] = 0;
+        self.superblock.generations.bitmap[slot] = 0;
+        self.masters[slot].clear_all();
         // What was written before this slot existed has no bits in it. Without a peer that is known to start from the
         // same data, an equal generation must not be taken for equal data.
-        if generations.current != JUST_CREATED && !self.superblock.flags.assume_clean {
-            let new = from_random(cx.random());
-            generations.bump(new, 0);
-            generations.bitmap[slot] = JUST_CREATED;
+        if !self.superblock.flags.assume_clean {
+            self.masters[slot].set_all();
         }
-        self.masters[slot].clear_all();
         self.masters[slot].mark_all_dirty();
         let peer = &mut self.peers[slot];
         // Of a peer that was here before the link may not be down yet, and its last session not be over.
@@ -278,11 +281,18 @@ impl<H: Host> Manager<H> {
     fn forget_peer(&mut self, cx: &mut H, id: OrderId, slot: PeerSlot) {
         self.superblock.peers[slot] = None;
         self.superblock.generations.bitmap[slot] = 0;
+        // From here on nothing remembers what it lacks, or has.
+        self.superblock.flags.assume_clean = false;
+        self.superblock.flags.parted = true;
         self.masters[slot].clear_all();
         self.peers[slot].node_id = None;
         self.peers[slot].address = None;
         self.view.peers[slot] = crate::engine::view::PeerView::NONE;
         self.adopt(cx, Then::Nothing);
+        let is_committing = self.is_under_way(|work| matches!(work, Work::Committing));
+        if self.view.role == Role::Primary || is_committing {
+            self.start_generation(cx, 0, false);
+        }
         self.commit_superblock(cx, Then::Order(id, Ok(())));
     }
 
@@ -391,6 +401,7 @@ impl<H: Host> Manager<H> {
         let now = cx.now_ns();
         let mut ended = Vec::new();
         let mut retry = Vec::new();
+        let mut is_late = false;
         for order in &self.orders {
             match order.work {
                 Work::Promote { force } => retry.push((order.id, force)),
@@ -401,10 +412,14 @@ impl<H: Host> Manager<H> {
                     let text = format!("the peers in slots {waiting:#b} did not answer; try again");
                     ended.push((order.id, busy(text)));
                 }
+                Work::Committing => is_late |= now >= order.deadline_ns,
                 // It is Secondary, whoever has not taken it in.
                 Work::Demoted { .. } if now >= order.deadline_ns => ended.push((order.id, Ok(()))),
                 _ => {}
             }
+        }
+        if is_late {
+            self.give_up_on_generation(cx);
         }
         for (id, force) in retry {
             if let Some(outcome) = self.try_promote(cx, id, force) {
@@ -420,6 +435,9 @@ impl<H: Host> Manager<H> {
     fn detach(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
         if !self.metadata.enabled || self.is_leaving() {
             return Some(busy(format!("the disk is {}", self.view.disk)));
+        }
+        if self.is_promoting() {
+            return Some(busy("the volume is being promoted; try again"));
         }
         let others = self.view.peers.iter().any(|peer| peer.has_latest());
         if self.view.role == Role::Primary && !others {
@@ -456,7 +474,7 @@ impl<H: Host> Manager<H> {
     fn invalidate(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
         // What it has on its way while it is demoted may be nowhere else.
         let is_demoting = self.is_under_way(|work| matches!(work, Work::Demoting));
-        if self.view.role == Role::Primary || is_demoting {
+        if self.view.role == Role::Primary || is_demoting || self.is_promoting() {
             return Some(busy("this node is Primary; demote it first"));
         }
         if self.view.read_source(0).is_none() || !self.metadata.enabled {
@@ -492,11 +510,18 @@ impl<H: Host> Manager<H> {
 
     pub(super) fn order_step(&mut self, cx: &mut H, id: OrderId, step: OrderStep) {
         match step {
+            OrderStep::PromoteDurable if self.closing => {
+                self.superblock.flags.primary = false;
+                self.order_ended(cx, id, busy("the volume is being deleted"));
+            }
             OrderStep::PromoteDurable => {
+                self.agree_again();
+                self.generation_for_promotion(cx, id);
+            }
+            OrderStep::PromoteAgreed => {
                 self.view.role = Role::Primary;
                 self.part_with_others(cx);
                 self.promotion = id;
-                self.agree_again();
                 self.hello_changed(cx);
                 self.adopt(cx, Then::OrderStep(id, OrderStep::PromoteAdopted));
             }

@@ -157,6 +157,7 @@ impl<H: Host> Manager<H> {
         self.peers[slot].again = None;
         match call {
             Call::SyncStart => self.send_sync_start(slot),
+            Call::FinishAsk => self.ask_to_finish(cx, slot),
             call => self.ask_finish(slot, call),
         }
     }

@@ -75,6 +75,8 @@ pub(super) struct Peer {
     pub(super) role: Role,
     /// The peer's current generation as it last told.
     pub(super) current_generation: u64,
+    /// That is not durable there yet, as far as it has told.
+    pub(super) starts_generation: bool,
     /// The generations of its bitmaps, by node id, as it last told.
     pub(super) bitmap_generations: [u64; 8],
     pub(super) state_revision: u64,
@@ -125,6 +127,7 @@ impl Peer {
             established: false,
             role: Role::Unknown,
             current_generation: 0,
+            starts_generation: false,
             bitmap_generations: [0; 8],
             state_revision: 0,
             promoting: None,

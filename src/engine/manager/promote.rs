@@ -245,13 +245,15 @@ impl<H: Host> Manager<H> {
             self.declare_up_to_date(cx);
         }
         self.superblock.flags.primary = !mutation::is(Mutation::PrimaryUnrecorded);
-        self.superblock.flags.assume_clean = false;
         self.commit_superblock(cx, Then::OrderStep(id, OrderStep::PromoteDurable));
     }
 
     /// By force: this replica is the newest, whatever is elsewhere.
     pub(super) fn declare_up_to_date(&mut self, cx: &mut H) {
         self.view.disk = DiskState::UpToDate;
+        for peer in self.superblock.peers.iter_mut().flatten() {
+            peer.full_sync = false;
+        }
         self.shared.stale.clear_all();
         self.record_disk();
         let new = from_random(cx.random());
@@ -261,6 +263,7 @@ impl<H: Host> Manager<H> {
         } else {
             generations.bump(new, (1 << MAX_PEERS) - 1);
         }
+        self.generation_changed();
         // Peers that are connected have decided on other data.
         for slot in 0..MAX_PEERS {
             if self.peers[slot].established {

@@ -6,7 +6,7 @@ mod piece;
 use std::ops::Range as Blocks;
 
 use super::outbox::Call;
-use super::steps::{DiskStep, Then};
+use super::steps::{DiskStep, SessionStep, Then};
 use super::{Manager, ManagerIo};
 use crate::engine::meta::superblock::PersistedDisk;
 use crate::engine::mutation::{self, Mutation};
@@ -357,7 +357,7 @@ impl<H: Host> Manager<H> {
             Some(Sweep::Flush) => self.flush_written(cx),
             Some(Sweep::Finish) => {
                 self.puller.finishing = true;
-                self.ask_finish(slot, Call::FinishAsk);
+                self.ask_to_finish(cx, slot);
             }
             Some(Sweep::Again) => self.puller.cursor = 0,
             None => {}
@@ -452,13 +452,30 @@ impl<H: Host> Manager<H> {
         }
     }
 
+    /// Asks the source for the end. A generation that it has started meanwhile is taken over first, durably, while this
+    /// disk still is Inconsistent: what is asked for is the end with the source's present one.
+    pub(super) fn ask_to_finish(&mut self, cx: &mut H, slot: PeerSlot) {
+        let generation = self.peers[slot].current_generation;
+        if generation == self.superblock.generations.current || self.peers[slot].starts_generation {
+            return self.ask_finish(slot, Call::FinishAsk);
+        }
+        self.superblock.generations.start_sync_as_target(generation);
+        self.generation_changed();
+        self.hello_changed(cx);
+        let epoch = self.peers[slot].epoch;
+        self.commit_superblock(
+            cx,
+            Then::Session(slot, epoch, SessionStep::GenerationFollowed),
+        );
+    }
+
     pub(super) fn ask_finish(&mut self, slot: PeerSlot, call: Call) {
         let phase = match call {
             Call::FinishDurable => FinishPhase::Durable,
             _ => FinishPhase::Ask,
         };
         let body = SyncFinishBody {
-            generation: self.peers[slot].current_generation,
+            generation: self.superblock.generations.current,
             bits_set: self.masters[slot].count(),
             blocks_fetched: self.puller.fetched_bytes / u64::from(self.shared.geometry.block_size),
         };
@@ -481,7 +498,7 @@ impl<H: Host> Manager<H> {
             return self.pull_again(slot);
         }
         let mut source =
-            crate::engine::meta::generation::Generations::new(self.peers[slot].current_generation);
+            crate::engine::meta::generation::Generations::new(self.superblock.generations.current);
         source.history = theirs.history;
         self.superblock
             .generations

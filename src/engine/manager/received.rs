@@ -152,6 +152,7 @@ impl<H: Host> Manager<H> {
         }
         peer.role = body.role;
         peer.current_generation = body.current_generation;
+        peer.starts_generation = body.generation_running;
         peer.bitmap_generations = body.bitmap_generations;
         peer.paused_by_peer = body.resync_paused;
         if body.role == Role::Primary && self.view.role == Role::Primary {

@@ -202,6 +202,7 @@ impl<H: Host> Manager<H> {
         peer.paused_by_peer = false;
         peer.ping_in_flight = false;
         peer.state_revision = 0;
+        peer.starts_generation = false;
         peer.role = Role::Unknown;
         peer.outbox.clear();
         peer.known = KnownCommands::default();
@@ -301,6 +302,8 @@ impl<H: Host> Manager<H> {
             SessionStep::SourceDurable => self.source_durable(cx, slot),
             SessionStep::SourceEntered => self.source_entered(cx, slot),
             SessionStep::SourceNoticed => self.source_noticed(cx, slot),
+            SessionStep::GenerationFollowed => self.ask_to_finish(cx, slot),
+            SessionStep::FinishNoted(reply) => self.finish_noted(cx, slot, reply),
             SessionStep::FinishHarvested(reply) => self.finish_harvested(cx, slot, reply),
             SessionStep::FinishRecorded(reply) => self.finish_recorded(cx, slot, reply),
             SessionStep::MarkHarvested(reply, id) => self.mark_harvested(cx, slot, reply, id),
@@ -338,7 +341,7 @@ impl<H: Host> Manager<H> {
     /// In sync with a peer: what a crash of ours may have left is no longer in question.
     pub(super) fn settle_crash(&mut self, _slot: PeerSlot) {
         self.unclean = false;
-        if self.view.role != Role::Primary {
+        if self.view.role != Role::Primary && !self.is_promoting() {
             self.superblock.flags.primary = false;
         }
     }

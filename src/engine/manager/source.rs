@@ -123,12 +123,15 @@ impl<H: Host> Manager<H> {
                 self.tell_state(slot);
                 self.answer(cx, reply, PeerAnswer::NotYet);
             }
-            FinishPhase::Ask => {
-                self.harvest(
+            FinishPhase::Ask if self.durable.bitmap[slot] != body.generation => {
+                // It was started meanwhile, without the target, which will have it before we hear of that.
+                self.superblock.generations.start_sync_as_source(slot);
+                self.commit_superblock(
                     cx,
-                    Then::Session(slot, epoch, SessionStep::FinishHarvested(reply)),
+                    Then::Session(slot, epoch, SessionStep::FinishNoted(reply)),
                 );
             }
+            FinishPhase::Ask => self.finish_noted(cx, slot, reply),
             FinishPhase::Durable if body.generation != self.superblock.generations.current => {
                 // It has everything, but is not of the generation that was started meanwhile.
                 self.answer(cx, reply, PeerAnswer::Ok);
@@ -148,6 +151,16 @@ impl<H: Host> Manager<H> {
                 );
             }
         }
+    }
+
+    /// No write completes without the target any more, unless there is a newer generation than the target will have.
+    pub(super) fn finish_noted(&mut self, cx: &mut H, slot: PeerSlot, reply: usize) {
+        let epoch = self.peers[slot].epoch;
+        self.adopt(cx, Then::Nothing);
+        self.harvest(
+            cx,
+            Then::Session(slot, epoch, SessionStep::FinishHarvested(reply)),
+        );
     }
 
     /// All bits are in the master: any left means going on.

@@ -52,7 +52,11 @@ pub(super) enum SessionStep {
     SourceEntered,
     /// As source: earlier notices are acknowledged.
     SourceNoticed,
-    /// As source, asked whether the resync is finished; the reply.
+    /// As target: the source's present generation is durable.
+    GenerationFollowed,
+    /// As source, asked whether the resync is finished: from here on the target has this generation; the reply.
+    FinishNoted(usize),
+    /// The bits that came before; the reply.
     FinishHarvested(usize),
     /// As source: the target's bitmap generation is gone; the reply.
     FinishRecorded(usize),
@@ -109,6 +113,8 @@ pub(super) enum DiskStep {
 pub(super) enum OrderStep {
     /// The new role is durable.
     PromoteDurable,
+    /// Whoever lacks the latest data can be told by the generation.
+    PromoteAgreed,
     PromoteAdopted,
     /// New application I/O is refused.
     DemoteAdopted,

@@ -53,6 +53,8 @@ const FLAG_PRIMARY: u32 = 1;
 const FLAG_ATTACHED: u32 = 2;
 const FLAG_ASSUME_CLEAN: u32 = 4;
 const FLAG_TOLD: u32 = 8;
+const FLAG_PARTED: u32 = 16;
+const FLAGS: u32 = FLAG_PRIMARY | FLAG_ATTACHED | FLAG_ASSUME_CLEAN | FLAG_TOLD | FLAG_PARTED;
 const PEER_CONFIGURED: u8 = 1;
 const PEER_FULL_SYNC: u8 = 2;
 
@@ -111,6 +113,8 @@ pub struct Flags {
     /// The current generation was started by this node, or told by a Primary, and it is not known yet whether all have
     /// it who shall.
     pub told: bool,
+    /// A node that is no peer any more may have the current generation: nothing is to be written under it.
+    pub parted: bool,
 }
 
 /// A peer slot that is in use.
@@ -319,7 +323,8 @@ impl Superblock {
         let flags = flag(self.flags.primary, FLAG_PRIMARY)
             | flag(self.flags.attached, FLAG_ATTACHED)
             | flag(self.flags.assume_clean, FLAG_ASSUME_CLEAN)
-            | flag(self.flags.told, FLAG_TOLD);
+            | flag(self.flags.told, FLAG_TOLD)
+            | flag(self.flags.parted, FLAG_PARTED);
         put(&mut block, AT_FLAGS, &flags.to_le_bytes());
         put(
             &mut block,
@@ -508,7 +513,7 @@ fn parse_layout(block: &Block) -> Result<Layout, SuperblockError> {
 
 fn parse_flags(block: &Block) -> Result<Flags, SuperblockError> {
     let flags = u32_at(block, AT_FLAGS);
-    if flags & !(FLAG_PRIMARY | FLAG_ATTACHED | FLAG_ASSUME_CLEAN | FLAG_TOLD) != 0 {
+    if flags & !FLAGS != 0 {
         return Err(SuperblockError::Flags(flags));
     }
     Ok(Flags {
@@ -516,6 +521,7 @@ fn parse_flags(block: &Block) -> Result<Flags, SuperblockError> {
         attached: flags & FLAG_ATTACHED != 0,
         assume_clean: flags & FLAG_ASSUME_CLEAN != 0,
         told: flags & FLAG_TOLD != 0,
+        parted: flags & FLAG_PARTED != 0,
     })
 }
 

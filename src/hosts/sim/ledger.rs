@@ -19,7 +19,7 @@ pub type WriteId = u64;
 pub struct Ledger {
     /// By the first block; each reaches to the next one.
     ranges: BTreeMap<u64, Register>,
-    acknowledgements: u64,
+    ended_writes: u64,
     /// Counts what it is told.
     now: u64,
 }
@@ -28,7 +28,7 @@ impl Default for Ledger {
     fn default() -> Self {
         Self {
             ranges: BTreeMap::from([(0, Register::zeroes())]),
-            acknowledgements: 0,
+            ended_writes: 0,
             now: 0,
         }
     }
@@ -68,8 +68,8 @@ impl Ledger {
 
     pub fn acknowledged(&mut self, io: u64, lba: u64, blocks: u32, fua: bool) {
         let now = self.tick();
-        self.acknowledgements += 1;
-        let number = self.acknowledgements;
+        self.ended_writes += 1;
+        let number = self.ended_writes;
         self.each(lba, blocks, |range| {
             range.write_succeeds(io, now, number, fua)
         });
@@ -78,12 +78,16 @@ impl Ledger {
     /// It failed, or its node died: it is there by now, or never will be.
     pub fn unknown(&mut self, io: u64, lba: u64, blocks: u32) {
         let now = self.tick();
-        self.each(lba, blocks, |range| range.write_ends_unknown(io, now));
+        self.ended_writes += 1;
+        let number = self.ended_writes;
+        self.each(lba, blocks, |range| {
+            range.write_ends_unknown(io, now, number)
+        });
     }
 
     /// What a flush that is submitted now covers.
     pub fn flush_mark(&self) -> u64 {
-        self.acknowledgements
+        self.ended_writes
     }
 
     pub fn flushed(&mut self, mark: u64) {
@@ -350,5 +354,17 @@ mod tests {
         assert!(read(&mut ledger.clone(), 12, 0, &[3]).is_err());
         ledger.power_lost();
         assert_eq!(read(&mut ledger, 13, 0, &[3]), Ok(()));
+    }
+
+    #[test]
+    fn a_flush_covers_no_write_that_fails_after_it_was_submitted() {
+        let mut ledger = Ledger::default();
+        ledger.submitted(1, 1, 0, 1);
+        let mark = ledger.flush_mark();
+        ledger.unknown(1, 0, 1);
+        assert_eq!(read(&mut ledger, 10, 0, &[1]), Ok(()));
+        ledger.flushed(mark);
+        ledger.power_lost();
+        assert_eq!(read(&mut ledger, 11, 0, &[0]), Ok(()));
     }
 }

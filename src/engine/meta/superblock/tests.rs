@@ -37,6 +37,7 @@ fn sample(sequence: u64) -> Superblock {
             attached: true,
             assume_clean: false,
             told: false,
+            parted: false,
         },
         disk: PersistedDisk::UpToDate,
         generations,
@@ -196,7 +197,7 @@ fn every_field_is_validated() {
         (AT_NODE_ID, &[8]),
         (AT_NODE_ID, &[7]),
         (AT_DISK, &[4]),
-        (AT_FLAGS, &[16]),
+        (AT_FLAGS, &[32]),
         (AT_PEERS + 3, &[1]),
         (END, &[1]),
     ];
@@ -274,7 +275,7 @@ proptest! {
             backing_uuid: backing.to_le_bytes(),
             layout: layout(if in_place { Placement::InPlace } else { Placement::Front }),
             al_extents,
-            flags: Flags { primary: flags & 1 != 0, attached: flags & 2 != 0, assume_clean: flags & 4 != 0, told: flags & 8 != 0 },
+            flags: Flags { primary: flags & 1 != 0, attached: flags & 2 != 0, assume_clean: flags & 4 != 0, told: flags & 8 != 0, parted: flags & 16 != 0 },
             disk: PersistedDisk::from_byte(disk).unwrap(),
             generations: known,
             peers: std::array::from_fn(|slot| {

@@ -21,6 +21,8 @@ pub enum Lead {
         incarnation: u64,
         order: OrderId,
         holders: Nodes,
+        /// The node, if it has everything on its own disk.
+        on_disk: Nodes,
     },
     Active {
         node: usize,
@@ -107,10 +109,11 @@ impl Lead {
                 incarnation,
                 order,
                 holders,
+                on_disk,
             } => {
                 if world.nodes[node].incarnation != incarnation {
                     // It may have begun to be Primary on its disk, and nobody else has heard of that.
-                    let holders = match holders & (1 << node) {
+                    let holders = match on_disk {
                         0 => holders,
                         alone => alone,
                     };
@@ -178,12 +181,14 @@ impl Lead {
             return;
         }
         let incarnation = world.nodes[node].incarnation;
+        let on_disk = u8::from(is_up_to_date(world, node)) << node;
         let order = world.order(node, Order::Promote { force });
         *self = Lead::Promoting {
             node,
             incarnation,
             order,
             holders,
+            on_disk,
         };
     }
 
@@ -200,6 +205,7 @@ impl Lead {
             incarnation: world.nodes[node].incarnation,
             order,
             holders,
+            on_disk: 1 << node,
         };
     }
 

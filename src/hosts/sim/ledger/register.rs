@@ -44,8 +44,8 @@ pub(super) struct Register {
     operations: Vec<Operation>,
     /// A power loss may bring back any of these.
     unflushed: Vec<WriteId>,
-    /// The number of the last acknowledgement of a write.
-    acknowledged: u64,
+    /// The number of the last write that has ended, in whatever way.
+    last_ended: u64,
     pub(super) was_written: bool,
 }
 
@@ -77,7 +77,7 @@ impl Register {
             initial: vec![0],
             operations: Vec::new(),
             unflushed: vec![0],
-            acknowledged: 0,
+            last_ended: 0,
             was_written: false,
         }
     }
@@ -103,13 +103,13 @@ impl Register {
         });
     }
 
-    /// `acknowledgement`: its number.
-    pub(super) fn write_succeeds(&mut self, io: u64, now: u64, acknowledgement: u64, fua: bool) {
+    /// `number`: how many writes have ended by now.
+    pub(super) fn write_succeeds(&mut self, io: u64, now: u64, number: u64, fua: bool) {
         if let Some(write) = self.operation(io) {
             write.end = now;
             write.is_certain = true;
         }
-        self.acknowledged = acknowledgement;
+        self.last_ended = number;
         self.settle();
         if fua && !self.has_pending(Kind::Write) {
             self.unflushed = self.possible();
@@ -117,7 +117,8 @@ impl Register {
     }
 
     /// It has taken effect by now, or never will.
-    pub(super) fn write_ends_unknown(&mut self, io: u64, now: u64) {
+    pub(super) fn write_ends_unknown(&mut self, io: u64, now: u64, number: u64) {
+        self.last_ended = number;
         if let Some(write) = self.operation(io) {
             write.end = now;
         }
@@ -153,9 +154,9 @@ impl Register {
         self.settle();
     }
 
-    /// A flush has succeeded that covers the acknowledgements up to this one.
-    pub(super) fn flushed(&mut self, acknowledgement: u64) {
-        if self.acknowledged <= acknowledgement && !self.has_pending(Kind::Write) {
+    /// A flush has succeeded that covers the writes that had ended when it was submitted, so many.
+    pub(super) fn flushed(&mut self, number: u64) {
+        if self.last_ended <= number && !self.has_pending(Kind::Write) {
             self.unflushed = self.possible();
         }
     }

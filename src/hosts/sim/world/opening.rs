@@ -169,8 +169,8 @@ impl World {
                     shared,
                 }
             });
-            engine.manager.attach(core, opened);
             engine.manager.expect_attach(core, order);
+            engine.manager.attach(core, opened);
         });
     }
 

@@ -28,7 +28,7 @@ impl Story {
 
     fn lose_write(&mut self, io: u64) {
         let now = self.now();
-        self.0.write_ends_unknown(io, now);
+        self.0.write_ends_unknown(io, now, now);
     }
 
     fn begin_read(&mut self, io: u64) {
@@ -133,7 +133,7 @@ fn zeroes_are_of_any_write_of_zeroes_that_nothing_has_replaced() {
     let now = story.now();
     story.0.write_begins(50, 0, now);
     let now = story.now();
-    story.0.write_ends_unknown(50, now);
+    story.0.write_ends_unknown(50, now, now);
     let mut other = Story(story.0.clone(), story.1);
     assert!(story.read(0));
     assert!(!story.read(1));
