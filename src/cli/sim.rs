@@ -279,9 +279,10 @@ fn tell(arguments: &SimArguments, schedule: &Schedule, violation: &Violation) {
     }
 }
 
-/// Of the working directory; a binary may be older than that, so what does not fail again was built from something else.
+/// Of the sources that it was built from; they may have changed since, so what does not fail again was built before that.
 fn commit() -> String {
     let git = std::process::Command::new("git")
+        .args(["-C", env!("CARGO_MANIFEST_DIR")])
         .args(["describe", "--always", "--dirty", "--abbrev=12"])
         .output();
     match git {

@@ -19,6 +19,8 @@ impl Run {
     pub(super) fn end(mut self) -> Outcome {
         let nodes = self.world.nodes.len();
         self.advance((self.began_ns + RUN_NS).max(self.world.now_ns + SECOND));
+        self.check_replicas();
+        self.world.check_idle_replicas();
         self.waiting.clear();
         self.due.clear();
         self.world.await_nothing();
