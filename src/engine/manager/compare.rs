@@ -142,11 +142,15 @@ impl<H: Host> Manager<H> {
         }
     }
 
-    /// A Primary writes to those that hold what it holds; with others a session begins with a comparison.
+    /// A Primary writes to those that hold what it holds; with others a session begins with a comparison. What a write that
+    /// the last Primary did not complete has left on one of them only, the application would else read here and, after
+    /// another failure, not there.
     pub(super) fn part_with_others(&mut self, cx: &mut H) {
         for slot in 0..MAX_PEERS {
             let peer = &self.peers[slot];
-            let other_data = peer.current_generation != self.superblock.generations.current;
+            let other_data = peer.current_generation != self.superblock.generations.current
+                || peer.may_differ
+                || !self.masters[slot].is_empty();
             if self.has_third_nodes()
                 && peer.established
                 && self.view.peers[slot].conn == ConnState::Connected

@@ -93,8 +93,9 @@ impl<H: Host> Manager<H> {
             .fold(0u8, |mask, slot| mask | 1 << slot);
         let has_taker = (0..MAX_PEERS)
             .any(|slot| missing & (1 << slot) == 0 && self.view.peers[slot].has_latest());
-        if !self.metadata.enabled && !has_taker {
-            // It would be nowhere, and the peers would be refused for not having it.
+        let has_data = self.metadata.enabled && self.view.disk == DiskState::UpToDate;
+        if !has_data && !has_taker {
+            // It would be nowhere, or on a disk that lacks the data, and the peers would be refused for not having it.
             return;
         }
         let needed = without_own_disk

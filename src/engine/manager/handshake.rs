@@ -280,6 +280,10 @@ impl<H: Host> Manager<H> {
             // One that was invalidated has given up its data, not its generation.
             Outcome::SyncSource { .. } => has_other_data || theirs.disk < DiskState::Outdated,
             Outcome::InSync | Outcome::ConnectWithoutSync | Outcome::Ahead => has_other_data,
+            // Newer than this disk it may be, and still lack what the application has seen since.
+            Outcome::SyncTarget { .. } | Outcome::Behind => {
+                has_other_data && !theirs.history.contains(&exposed)
+            }
             _ => false,
         }
     }
@@ -295,6 +299,12 @@ impl<H: Host> Manager<H> {
             return;
         };
         let session = session_id(mine.nonce, theirs.nonce);
+        if peer.session == 0 && self.awaits_newer_data_than(cx, slot, &theirs) {
+            // Its Hello came before the disk.
+            let text = "another peer has what the application has seen, and goes first";
+            return self.lose_session_for(cx, slot, text);
+        }
+        let peer = &mut self.peers[slot];
         if peer.session == 0 {
             let mut decision = decide(&mine, &theirs);
             let overlooked = match decision.outcome {

@@ -328,7 +328,15 @@ impl<H: Host> Manager<H> {
                 }
             }
             Then::Answer(reply, answer) => self.answer(cx, reply, answer),
-            Then::Publish(reply) => self.adopt(cx, Then::Answer(reply, PeerAnswer::Ok)),
+            Then::Publish(reply) => {
+                // A disk that has failed meanwhile does not have it.
+                let answer = if self.metadata.enabled {
+                    PeerAnswer::Ok
+                } else {
+                    PeerAnswer::DiskError
+                };
+                self.adopt(cx, Then::Answer(reply, answer));
+            }
             Then::Order(id, outcome) => self.order_ended(cx, id, outcome),
             Then::Session(slot, epoch, step) => {
                 if self.peers[slot].epoch == epoch {

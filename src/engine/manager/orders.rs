@@ -510,11 +510,15 @@ impl<H: Host> Manager<H> {
 
     pub(super) fn order_step(&mut self, cx: &mut H, id: OrderId, step: OrderStep) {
         match step {
-            OrderStep::PromoteDurable if self.closing => {
+            OrderStep::PromoteDurable | OrderStep::PromoteHarvested if self.closing => {
                 self.superblock.flags.primary = false;
                 self.order_ended(cx, id, busy("the volume is being deleted"));
             }
             OrderStep::PromoteDurable => {
+                self.harvest(cx, Then::OrderStep(id, OrderStep::PromoteHarvested));
+            }
+            OrderStep::PromoteHarvested => {
+                self.part_with_others(cx);
                 self.agree_again();
                 self.generation_for_promotion(cx, id);
             }

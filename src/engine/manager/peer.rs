@@ -95,6 +95,8 @@ pub(super) struct Peer {
     pub(super) early_state: Option<StateBody>,
     /// Since when a new decision is due.
     pub(super) differs_since_ns: Option<u64>,
+    /// It has agreed to the promotion of this node, and has bits for it.
+    pub(super) may_differ: bool,
     pub(super) ping_sent_ns: u64,
     pub(super) ping_in_flight: bool,
     pub(super) heard_ns: u64,
@@ -140,6 +142,7 @@ impl Peer {
             again: None,
             early_state: None,
             differs_since_ns: None,
+            may_differ: false,
             ping_sent_ns: 0,
             ping_in_flight: false,
             heard_ns: 0,

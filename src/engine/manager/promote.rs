@@ -3,7 +3,7 @@
 use super::Manager;
 use super::orders::{Work, busy};
 use super::outbox::Call;
-use super::steps::{OrderStep, Then};
+use super::steps::{OrderStep, SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{OrderId, OrderOutcome};
 use crate::engine::meta::generation::{Generations, JUST_CREATED, from_random};
@@ -57,6 +57,7 @@ impl<H: Host> Manager<H> {
                     len: PrepareBody::BYTES as u32,
                 };
                 let body = self.prepare_body(id).emit().to_vec();
+                self.peers[slot].may_differ = false;
                 self.call(slot, command, body, Call::Prepare(id));
             }
         }
@@ -113,23 +114,35 @@ impl<H: Host> Manager<H> {
         }
         let own = self.is_under_way(|work| matches!(work, Work::Promoting { .. }));
         let agreed = self.is_under_way(|work| matches!(work, Work::Committing));
-        let answer = if body.kind != ChangeKind::Promote {
-            PeerAnswer::Ok
-        } else if self.view.role == Role::Primary
-            || agreed
-            || self.sees_primary(Some(slot))
-            || self.is_ahead_of(body.generation)
-            || (own && self.superblock.node_id < body.initiator)
+        if body.kind == ChangeKind::Promote
+            && (self.view.role == Role::Primary
+                || agreed
+                || self.sees_primary(Some(slot))
+                || self.is_ahead_of(body.generation)
+                || (own && self.superblock.node_id < body.initiator))
         {
-            PeerAnswer::Refused(1)
-        } else {
+            return self.answer(cx, reply, PeerAnswer::Refused(1));
+        }
+        if body.kind == ChangeKind::Promote {
             self.peers[slot].promoting = Some(body.transaction);
             self.end_other_resyncs(cx, slot, "a peer is being promoted, and is the source");
             self.hello_changed(cx);
+        }
+        // Whatever the peer has told before is in every channel when it becomes Primary, and the last writes of a lost
+        // Primary have their bits.
+        self.adopt(cx, Then::Nothing);
+        let epoch = self.peers[slot].epoch;
+        self.harvest(cx, Then::Session(slot, epoch, SessionStep::Agreed(reply)));
+    }
+
+    /// All bits are in the master: agrees, and says whether there are any for the node that is being promoted.
+    pub(super) fn agreed(&mut self, cx: &mut H, slot: PeerSlot, reply: usize) {
+        let answer = if self.has_third_nodes() && !self.masters[slot].is_empty() {
+            PeerAnswer::Again
+        } else {
             PeerAnswer::Ok
         };
-        // Whatever the peer has told before is in every channel when it becomes Primary.
-        self.adopt(cx, Then::Answer(reply, answer));
+        self.answer(cx, reply, answer);
     }
 
     /// This node has data that one of that generation lacks.
@@ -171,7 +184,7 @@ impl<H: Host> Manager<H> {
         let order = self.orders.iter_mut().find(|order| order.id == id);
         let Some(Work::Promoting { waiting, .. }) = order.map(|order| &mut order.work) else {
             // Given up meanwhile.
-            if answer.is_applied() {
+            if answer.is_applied() || answer == PeerAnswer::Again {
                 self.send_abort(slot, id);
             }
             return;
@@ -179,6 +192,10 @@ impl<H: Host> Manager<H> {
         *waiting &= !(1 << slot);
         match answer {
             PeerAnswer::Ok | PeerAnswer::Duplicate => self.check_promoting(cx, id),
+            PeerAnswer::Again => {
+                self.peers[slot].may_differ = true;
+                self.check_promoting(cx, id);
+            }
             _ => {
                 self.abort_prepared(id);
                 let text = format!(

@@ -209,6 +209,7 @@ impl<H: Host> Manager<H> {
         peer.again = None;
         peer.early_state = None;
         peer.differs_since_ns = None;
+        peer.may_differ = false;
         let view = &mut self.view.peers[slot];
         view.pdsk = DiskState::DUnknown;
         view.send_session = 0;
@@ -308,6 +309,7 @@ impl<H: Host> Manager<H> {
             SessionStep::FinishRecorded(reply) => self.finish_recorded(cx, slot, reply),
             SessionStep::MarkHarvested(reply, id) => self.mark_harvested(cx, slot, reply, id),
             SessionStep::EqualHarvested(reply) => self.equal_harvested(cx, reply),
+            SessionStep::Agreed(reply) => self.agreed(cx, slot, reply),
             SessionStep::Reconciled => {
                 if self.view.disk == DiskState::Consistent {
                     self.view.disk = DiskState::UpToDate;

@@ -13,7 +13,7 @@ pub(super) enum Then {
     /// These extents of a channel's log may go.
     Retire(ChannelId, Vec<u32>),
     Answer(usize, PeerAnswer),
-    /// Publish the state, then answer Ok.
+    /// Publish the state, then answer Ok if what was written is on the disk.
     Publish(usize),
     Order(OrderId, OrderOutcome),
     /// A step of a session; void when its epoch has passed.
@@ -66,6 +66,8 @@ pub(super) enum SessionStep {
     MarkHarvested(usize, u64),
     /// All bits are in the master after a comparison; the reply.
     EqualHarvested(usize),
+    /// The peer may be promoted, and all bits are in the master; the reply.
+    Agreed(usize),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +115,8 @@ pub(super) enum DiskStep {
 pub(super) enum OrderStep {
     /// The new role is durable.
     PromoteDurable,
+    /// All bits are in the masters.
+    PromoteHarvested,
     /// Whoever lacks the latest data can be told by the generation.
     PromoteAgreed,
     PromoteAdopted,

@@ -76,13 +76,29 @@ impl World {
         match order {
             Order::Promote { force: true } => self.nothing_counts(),
             // It may be carried out much later; `all_is_well` ends it.
-            Order::Invalidate
-            | Order::Connect {
+            Order::Invalidate => drop(self.writes.gives_up.insert(node, u64::MAX)),
+            Order::Connect {
+                node_id: keeps,
                 discard_my_data: true,
-                ..
-            } => drop(self.writes.gives_up.insert(node, u64::MAX)),
+            } => {
+                self.writes.gives_up.insert(node, u64::MAX);
+                for other in self.side_of(node, keeps.map(usize::from)) {
+                    self.writes.gives_up.insert(other, u64::MAX);
+                }
+            }
             _ => {}
         }
+    }
+
+    /// Who follows a node that gives up its data for that of the node `keeps`: those that have not what that one has.
+    fn side_of(&self, node: usize, keeps: Option<usize>) -> Vec<usize> {
+        let current = |node: usize| {
+            let engine = self.nodes[node].engine.as_ref();
+            engine.map(|_| self.state(node).generations.current)
+        };
+        let kept = keeps.and_then(current);
+        let others = (0..self.nodes.len()).filter(|&other| other != node && Some(other) != keeps);
+        others.filter(|&other| current(other) != kept).collect()
     }
 
     /// What was acknowledged so far may be lost from now on.
