@@ -14,7 +14,7 @@ type Page = Box<[u8; PAGE as usize]>;
 static ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
 
 /// Contents of a sector that are not durable, oldest first; the first is what the media has.
-type Versions = Vec<(u64, Vec<u8>)>;
+type Versions = Vec<(u64, Box<[u8]>)>;
 
 /// One backing device.
 #[derive(Clone)]
@@ -136,8 +136,11 @@ impl Disk {
     fn write(&mut self, offset: u64, bytes: &[u8], durable: bool) {
         self.order += 1;
         if self.volatile {
-            for (index, piece) in bytes.chunks(self.sector as usize).enumerate() {
-                self.cache(offset / self.sector + index as u64, piece, durable);
+            let mut rest = bytes;
+            for (page, part) in parts(offset..offset + bytes.len() as u64) {
+                let (piece, behind) = rest.split_at(part.len());
+                rest = behind;
+                self.cache(page * PAGE + part.start as u64, piece, durable);
             }
         }
         self.plant(offset, bytes);
@@ -145,17 +148,16 @@ impl Disk {
 
     fn write_zeroes(&mut self, bytes: Range<u64>, durable: bool) {
         self.order += 1;
+        if !self.is_touched(bytes.clone()) {
+            return;
+        }
         for (page, part) in parts(bytes) {
             let start = page * PAGE + part.start as u64;
-            let sectors = start / self.sector..(start + part.len() as u64) / self.sector;
-            let is_cached = || self.unflushed.range(sectors.clone()).next().is_some();
-            if !self.pages.contains_key(&page) && !is_cached() {
+            if !self.is_touched(start..start + part.len() as u64) {
                 continue;
             }
             if self.volatile {
-                for sector in sectors {
-                    self.cache(sector, &ZEROES[..self.sector as usize], durable);
-                }
+                self.cache(start, &ZEROES[..part.len()], durable);
             }
             if part.len() == PAGE as usize {
                 self.pages.remove(&page);
@@ -165,25 +167,42 @@ impl Disk {
         }
     }
 
-    /// The cache gets another content of a sector, or the media.
-    fn cache(&mut self, sector: u64, content: &[u8], durable: bool) {
-        if durable {
-            self.unflushed.remove(&sector);
+    /// There is something else than zeroes that were there from the start, or was.
+    fn is_touched(&self, bytes: Range<u64>) -> bool {
+        let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
+        let sectors = bytes.start / self.sector..bytes.end.div_ceil(self.sector);
+        self.pages.range(pages).next().is_some() || self.unflushed.range(sectors).next().is_some()
+    }
+
+    /// The cache gets another content of the sectors of a part of a page, or the media.
+    fn cache(&mut self, start: u64, content: &[u8], durable: bool) {
+        let page = self.pages.get(&(start / PAGE));
+        let from = (start % PAGE) as usize;
+        let base = &page.map_or(&ZEROES, |page| page)[from..from + content.len()];
+        let first = start / self.sector;
+        let end = first + content.len() as u64 / self.sector;
+        let is_clean = self.unflushed.range(first..end).next().is_none();
+        if is_clean && (durable || base == content) {
             return;
         }
-        let from = (sector * self.sector % PAGE) as usize;
-        let page = self.pages.get(&(sector * self.sector / PAGE));
-        let base = &page.map_or(&ZEROES, |page| page)[from..from + self.sector as usize];
-        if base == content && !self.unflushed.contains_key(&sector) {
-            return;
+        let size = self.sector as usize;
+        for ((sector, base), content) in (first..).zip(base.chunks(size)).zip(content.chunks(size))
+        {
+            if durable {
+                self.unflushed.remove(&sector);
+            } else if base != content || self.unflushed.contains_key(&sector) {
+                let versions = self.unflushed.entry(sector).or_insert_with(|| {
+                    let mut versions = Vec::with_capacity(2);
+                    versions.push((0, base.into()));
+                    versions
+                });
+                versions.push((self.order, content.into()));
+            }
         }
-        let first = || vec![(0, base.to_vec())];
-        let versions = self.unflushed.entry(sector).or_insert_with(first);
-        versions.push((self.order, content.to_vec()));
     }
 
     /// Executes an I/O; `submitted` is [`Disk::order`] at its submission. Returns what was read.
-    pub fn execute(&mut self, io: DiskIo, submitted: u64, data: &[u8]) -> Bytes {
+    pub fn execute(&mut self, io: DiskIo, submitted: u64, data: &Bytes) -> Bytes {
         let bytes = io.offset..io.offset + io.len;
         assert!(
             bytes.end <= self.size_bytes && (io.offset | io.len) % self.sector == 0,
@@ -193,7 +212,10 @@ impl Disk {
             DiskOp::Read => return self.content(bytes),
             DiskOp::Write { fua } => {
                 self.fua_writes += u64::from(fua);
-                self.write(io.offset, data, fua);
+                match data {
+                    Bytes::Zeroes(_) => self.write_zeroes(bytes, fua),
+                    data => self.write(io.offset, &data.bytes()[..io.len as usize], fua),
+                }
             }
             DiskOp::WriteZeroes { fua } => {
                 self.fua_writes += u64::from(fua);
@@ -283,7 +305,7 @@ mod tests {
             offset,
             len: SECTOR,
         };
-        disk.execute(io, 0, &[byte; SECTOR as usize]);
+        disk.execute(io, 0, &Bytes::Held(vec![byte; SECTOR as usize]));
     }
 
     #[test]
@@ -299,7 +321,7 @@ mod tests {
                 offset: 0,
                 len: 0,
             };
-            disk.execute(flush, submitted, &[]);
+            disk.execute(flush, submitted, &Bytes::zeroes(0));
             disk.power_loss(&mut Random::new(seed));
             assert!([2, 3].contains(&disk.read(0..1)[0]));
         }
@@ -327,7 +349,7 @@ mod tests {
                     len: 4096,
                 };
                 if seed % 2 == 0 {
-                    disk.execute(io, 0, &[1; 4096]);
+                    disk.execute(io, 0, &Bytes::Held(vec![1; 4096]));
                 } else {
                     disk.interrupt(io, &[1; 4096], true, &mut Random::new(seed));
                 }

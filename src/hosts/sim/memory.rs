@@ -141,11 +141,16 @@ impl Payload {
 
     /// Panics when the owner has it back.
     pub fn bytes(&self) -> Ref<'_, [u8]> {
+        Ref::map(self.content(), Bytes::bytes)
+    }
+
+    /// Panics when the owner has it back.
+    pub fn content(&self) -> Ref<'_, Bytes> {
         assert!(
             !self.0.returned.get(),
             "[I11] read from memory that was returned"
         );
-        Ref::map(self.0.content.borrow(), Bytes::bytes)
+        self.0.content.borrow()
     }
 
     /// Panics when the owner has it back.
@@ -179,6 +184,10 @@ impl Buffer {
             content,
             _counted: count.one(),
         }
+    }
+
+    pub fn content(&self) -> &Bytes {
+        &self.content
     }
 
     /// Takes the place of the first bytes.

@@ -21,7 +21,7 @@ use crate::engine::peer::state::ConnState;
 use crate::engine::request::RequestKind;
 use crate::host::{Completion, Data, DiskOp, IoStatus, Token};
 use crate::hosts::sim::disk::Disk;
-use crate::hosts::sim::memory::Count;
+use crate::hosts::sim::memory::{Bytes, Count};
 use crate::hosts::sim::node::{Action, Core};
 use crate::hosts::sim::random::Random;
 use crate::hosts::sim::record::Recorded;
@@ -179,13 +179,12 @@ fn open(disk: &mut Disk, goal: Goal) -> Result<Opened, OpenError> {
         let Some(Action::Disk(token, io, mut data)) = core.actions.pop() else {
             panic!("the opener does not go on");
         };
-        let len = io.len as usize;
         match &mut data {
             Data::Buffer(buffer) if io.op == DiskOp::Read => {
-                buffer.put(disk.execute(io, 0, &[]));
+                buffer.put(disk.execute(io, 0, &Bytes::zeroes(0)));
             }
-            Data::Buffer(buffer) => drop(disk.execute(io, 0, &buffer.as_ref()[..len])),
-            _ => drop(disk.execute(io, 0, &[])),
+            Data::Buffer(buffer) => drop(disk.execute(io, 0, buffer.content())),
+            _ => drop(disk.execute(io, 0, &Bytes::zeroes(0))),
         }
         let completion = Completion {
             token,

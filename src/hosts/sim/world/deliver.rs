@@ -272,16 +272,15 @@ impl World {
             return self.disk_answers(node, work, IoStatus::Failed);
         }
         let disk = &mut self.nodes[node].disk;
-        let len = work.io.len as usize;
         let read = match (&work.io.op, &work.data) {
             (DiskOp::Write { .. }, Data::Payload(memory)) => {
-                disk.execute(work.io, work.submitted, &memory.bytes()[..len])
+                disk.execute(work.io, work.submitted, &memory.content())
             }
             (DiskOp::Write { .. }, Data::Buffer(buffer)) => {
-                disk.execute(work.io, work.submitted, &buffer.as_ref()[..len])
+                disk.execute(work.io, work.submitted, buffer.content())
             }
             (DiskOp::Write { .. }, Data::None) => panic!("a write without data"),
-            _ => disk.execute(work.io, work.submitted, &[]),
+            _ => disk.execute(work.io, work.submitted, &Bytes::zeroes(0)),
         };
         self.record(node, |_| Some(Recorded::Done { id }));
         if work.io.op == DiskOp::Read {
