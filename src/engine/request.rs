@@ -1,6 +1,8 @@
 //! A request on its way through a channel, and the slab of fixed capacity in which all of them live. A token is
 //! index plus generation plus leg, so a late completion of a request that is gone matches nothing.
 
+use core::ops::Range;
+
 use crate::engine::MAX_PEERS;
 use crate::host::{Host, PeerSlot, Token};
 
@@ -184,8 +186,11 @@ const MAX_INDEX: u16 = (1 << 15) - 1;
 
 /// Fixed capacity; a slot's generation changes whenever it is reused.
 pub struct RequestSlab<H: Host> {
+    /// As many as were ever in use at a time, so that going through them costs no more. There is room for all from the
+    /// start.
     slots: Vec<(u32, Option<Request<H>>)>,
     free: Vec<u16>,
+    capacity: u16,
 }
 
 impl<H: Host> RequestSlab<H> {
@@ -196,8 +201,9 @@ impl<H: Host> RequestSlab<H> {
             "an index has to fit into a token"
         );
         Self {
-            slots: (0..capacity).map(|_| (0, None)).collect(),
-            free: (0..capacity).rev().collect(),
+            slots: Vec::with_capacity(usize::from(capacity)),
+            free: Vec::with_capacity(usize::from(capacity)),
+            capacity,
         }
     }
 
@@ -212,8 +218,15 @@ impl<H: Host> RequestSlab<H> {
 
     /// The request's index; `None` when full.
     pub fn insert(&mut self, request: Request<H>) -> Option<u16> {
-        let index = self.free.pop()?;
-        self.slots[usize::from(index)].1 = Some(request);
+        if let Some(index) = self.free.pop() {
+            self.slots[usize::from(index)].1 = Some(request);
+            return Some(index);
+        }
+        let index = self.slots.len() as u16;
+        if index == self.capacity {
+            return None;
+        }
+        self.slots.push((0, Some(request)));
         Some(index)
     }
 
@@ -234,7 +247,12 @@ impl<H: Host> RequestSlab<H> {
     }
 
     pub fn capacity(&self) -> u16 {
-        self.slots.len() as u16
+        self.capacity
+    }
+
+    /// Every index below which there may be a request.
+    pub fn indices(&self) -> Range<u16> {
+        0..self.slots.len() as u16
     }
 
     /// All requests that are there.

@@ -284,7 +284,7 @@ impl<H: Host> Channel<H> {
             .fold(0, |mask, slot| mask | 1 << slot);
         self.requested.generation_for = 0;
         let disk_lost = old.disk_is_usable() && !self.view.disk_is_usable();
-        for index in 0..self.requests.capacity() {
+        for index in self.requests.indices() {
             if self.requests.get(index).is_some() {
                 // In the same step as the loss: no write may be without its bit once the manager has been told.
                 self.lose_sessions(index, lost);
@@ -341,7 +341,7 @@ impl<H: Host> Channel<H> {
 
     /// The log that requests refer to has ended; the next one knows nothing of them.
     fn forget_log_references(&mut self) {
-        for index in 0..self.requests.capacity() {
+        for index in self.requests.indices() {
             if let Some(request) = self.requests.get_mut(index) {
                 request.logged = None;
             }
