@@ -2,7 +2,7 @@
 //! and the commands' answers; campaigns add runs up. Whatever is counted must not change the run.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write};
 
 use crate::engine::MAX_PEERS;
 use crate::engine::manager::{Decided, Manager};
@@ -129,6 +129,28 @@ const UNREACHABLE: [(Kind, &str, &str); 20] = [
     (Kind::Answer, "Zeroes", "no source looks for zeroes"),
 ];
 
+/// A name on the stack, long enough for two states.
+struct Name {
+    bytes: [u8; 64],
+    len: usize,
+}
+
+impl Name {
+    fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.bytes[..self.len]).unwrap_or_default()
+    }
+}
+
+impl fmt::Write for Name {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let end = self.len + text.len();
+        let room = self.bytes.get_mut(self.len..end).ok_or(fmt::Error)?;
+        room.copy_from_slice(text.as_bytes());
+        self.len = end;
+        Ok(())
+    }
+}
+
 /// Counters by kind and name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage(BTreeMap<Kind, BTreeMap<String, u64>>);
@@ -146,7 +168,15 @@ impl Coverage {
 
     fn count_change<T: PartialEq + fmt::Display>(&mut self, kind: Kind, from: T, to: T) {
         if from != to {
-            self.count(kind, &format!("{from} → {to}"));
+            // Nearly all have been counted before: then nothing is allocated.
+            let mut name = Name {
+                bytes: [0; 64],
+                len: 0,
+            };
+            match write!(name, "{from} → {to}") {
+                Ok(()) => self.count(kind, name.as_str()),
+                Err(_) => self.count(kind, &format!("{from} → {to}")),
+            }
         }
     }
 

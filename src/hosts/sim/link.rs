@@ -1,10 +1,9 @@
 //! The queue pairs from one node to a peer: commands arrive in order on each, are answered in any order, and may arrive
 //! long after the sender has given the link up.
 
-use std::collections::BTreeMap;
-
 use super::memory::Payload;
 use super::node::Core;
+use super::numbered::Numbered;
 use crate::host::{Data, Token};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +28,7 @@ pub struct Link {
     pub id: u64,
     /// The node at the other end.
     pub target: usize,
-    pub outstanding: BTreeMap<u64, Outstanding>,
+    pub outstanding: Numbered<Outstanding>,
     /// Per queue pair: when the last command arrives.
     pub last_arrival_ns: Vec<u64>,
 }
@@ -40,7 +39,7 @@ impl Link {
             state: LinkState::Closed,
             id: 0,
             target: 0,
-            outstanding: BTreeMap::new(),
+            outstanding: Numbered::default(),
             last_arrival_ns: vec![0; cores],
         }
     }

@@ -12,6 +12,7 @@ pub mod link;
 pub mod memory;
 pub mod minute;
 pub mod node;
+pub mod numbered;
 pub mod random;
 pub mod record;
 pub mod world;

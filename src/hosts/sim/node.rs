@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::disk::Disk;
 use super::link::{Link, LinkState, PeerIo};
 use super::memory::{Buffer, Bytes, Count, Payload};
+use super::numbered::Numbered;
 use super::random::Random;
 use super::world::disk_faults::DiskFaults;
 use super::world::slowness::Slowness;
@@ -197,14 +198,14 @@ pub struct Node {
     pub disk_open: bool,
     /// It has been told to let everything go: a device that is being opened then is not taken.
     pub is_closing: bool,
-    pub disk_work: BTreeMap<u64, DiskWork>,
+    pub disk_work: Numbered<DiskWork>,
     pub disk_faults: DiskFaults,
     pub slowness: Slowness,
     /// By how much its clock is ahead of the world's.
     pub clock_ahead_ns: u64,
     pub links: Vec<Link>,
     /// Received commands that were not answered, with their opcode.
-    pub unanswered: BTreeMap<u64, u8>,
+    pub unanswered: Numbered<u8>,
     /// Buffers that the engine has, or has given away to be used.
     pub buffers: Count,
     /// Memory of received commands that somebody refers to.
@@ -228,12 +229,12 @@ impl Node {
             opener: None,
             disk_open: false,
             is_closing: false,
-            disk_work: BTreeMap::new(),
+            disk_work: Numbered::default(),
             disk_faults: DiskFaults::default(),
             slowness: Slowness::default(),
             clock_ahead_ns: 0,
             links: (0..MAX_PEERS).map(|_| Link::new(cores)).collect(),
-            unanswered: BTreeMap::new(),
+            unanswered: Numbered::default(),
             buffers: Count::default(),
             received_memory: Count::default(),
             outcomes: BTreeMap::new(),

@@ -27,7 +27,7 @@ use super::disk::Disk;
 use super::ledger::Ledger;
 use super::link::Transit;
 use super::memory::{Bytes, Payload};
-use super::node::{Core, MANAGER, Node};
+use super::node::{Action, Core, MANAGER, Node};
 use super::random::Random;
 use super::record::Recorded;
 use crate::engine::channel::Channel;
@@ -104,8 +104,8 @@ pub(super) enum What {
     },
     DiskDone(u64),
     DiskThaws,
-    ToManager(ToManager<Core>),
-    ToChannel(usize, ToChannel<Core>),
+    ToManager(Box<ToManager<Core>>),
+    ToChannel(usize, Box<ToChannel<Core>>),
     LinkTried {
         slot: usize,
         id: u64,
@@ -175,6 +175,8 @@ pub struct World {
     free_events: Vec<usize>,
     next_id: u64,
     trace_hash: trace::TraceHash,
+    /// Room for what a call asks for, empty.
+    spare_actions: Vec<Action>,
     /// Events delivered.
     pub steps: u64,
     /// Bytes that resync targets were given.
@@ -224,6 +226,7 @@ impl World {
             free_events: Vec::new(),
             next_id: 1,
             trace_hash: trace::TraceHash::default(),
+            spare_actions: Vec::new(),
             steps: 0,
             resynced_bytes: 0,
             fenced: 0,
@@ -328,6 +331,7 @@ impl World {
         let random = Random::new(self.random.number());
         let mut core = Core {
             random,
+            actions: std::mem::take(&mut self.spare_actions),
             ..self.core(node)
         };
         *self.nodes[node].vain_polls(place) = 0;
@@ -335,9 +339,10 @@ impl World {
         if place == MANAGER {
             self.observe(node);
         }
-        for action in core.actions {
+        for action in core.actions.drain(..) {
             self.act(node, place, action);
         }
+        self.spare_actions = core.actions;
         self.plan_poll(node, place);
     }
 

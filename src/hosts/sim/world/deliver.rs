@@ -34,10 +34,10 @@ impl World {
             What::DiskDone(id) => self.disk_done(node, id),
             What::DiskThaws => self.disk_thaws(node),
             What::ToManager(message) => {
-                self.with_manager(node, |manager, cx| manager.message(cx, message));
+                self.with_manager(node, |manager, cx| manager.message(cx, *message));
             }
             What::ToChannel(channel, message) => {
-                self.with_channel(node, channel, |channel, cx| channel.message(cx, message));
+                self.with_channel(node, channel, |channel, cx| channel.message(cx, *message));
             }
             What::LinkTried { slot, id } => self.link_tried(node, slot, id),
             What::LinkReset { slot, id } => {
@@ -47,7 +47,7 @@ impl World {
                 }
             }
             What::LinkGone { slot, command } => {
-                let outstanding = self.nodes[node].links[slot].outstanding.remove(&command);
+                let outstanding = self.nodes[node].links[slot].outstanding.remove(command);
                 if let Some(outstanding) = outstanding {
                     self.complete_peer(node, outstanding, IoStatus::Gone, PeerAnswer::Ok, None);
                 }
@@ -70,7 +70,7 @@ impl World {
                 let current = &mut self.nodes[node].links[slot];
                 if current.id == link
                     && current.state == LinkState::Up
-                    && let Some(outstanding) = current.outstanding.remove(&command)
+                    && let Some(outstanding) = current.outstanding.remove(command)
                 {
                     self.complete_peer(node, outstanding, IoStatus::Ok, answer, data);
                 }
@@ -139,10 +139,15 @@ impl World {
             Action::Finish(id, status) => self.finished(id, status),
             Action::Answer(io, answer) => self.answered(node, io, answer),
             Action::ToManager(message) => {
-                self.send_message(node, place, MANAGER, What::ToManager(message));
+                self.send_message(node, place, MANAGER, What::ToManager(Box::new(message)));
             }
             Action::ToChannel(channel, message) => {
-                self.send_message(node, place, channel, What::ToChannel(channel, message));
+                self.send_message(
+                    node,
+                    place,
+                    channel,
+                    What::ToChannel(channel, Box::new(message)),
+                );
             }
             Action::LinkOpen(slot, address) => self.open_link(node, slot, &address),
             Action::LinkClose(slot) => self.close_link(node, slot),
@@ -264,7 +269,7 @@ impl World {
         if self.disk_keeps(node, id) {
             return;
         }
-        let Some(mut work) = self.nodes[node].disk_work.remove(&id) else {
+        let Some(mut work) = self.nodes[node].disk_work.remove(id) else {
             return;
         };
         if self.disk_fails(node, &work) {
@@ -411,7 +416,7 @@ impl World {
     }
 
     fn answered(&mut self, node: usize, io: PeerIo, answer: PeerAnswer) {
-        let known = self.nodes[node].unanswered.remove(&io.arrival);
+        let known = self.nodes[node].unanswered.remove(io.arrival);
         let Some(op) = known else {
             panic!("[I11] command {} was answered twice", io.arrival);
         };
@@ -496,7 +501,7 @@ impl World {
         }
         link.state = LinkState::Closing;
         let id = link.id;
-        let commands: Vec<u64> = link.outstanding.keys().copied().collect();
+        let commands: Vec<u64> = link.outstanding.numbers().collect();
         for command in commands {
             let delay_ns = self.random.below(100_000);
             self.schedule_here(node, delay_ns, What::LinkGone { slot, command });

@@ -137,7 +137,7 @@ impl World {
         for link in &mut stopped.links {
             *link = Link::new(cores);
         }
-        for (_, work) in std::mem::take(&mut stopped.disk_work) {
+        for work in stopped.disk_work.take() {
             let written = written_bytes(work.io, &work.data);
             stopped
                 .disk

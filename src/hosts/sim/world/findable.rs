@@ -4,8 +4,10 @@
 use super::{DATA_OFFSET, OPENER, What, World};
 use crate::engine::bitmap::page::{BITS_PER_PAGE, Page};
 use crate::engine::message::{HarvestedPages, ToManager};
+use crate::engine::meta::block::BLOCK_SIZE;
 use crate::engine::meta::generation::Generations;
-use crate::engine::meta::superblock::PersistedDisk;
+use crate::engine::meta::layout::superblock_places;
+use crate::engine::meta::superblock::{PersistedDisk, Superblock, pick};
 use crate::engine::open::{Goal, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::state::{ConnState, DiskState};
@@ -42,6 +44,15 @@ impl World {
         }
     }
 
+    /// Of what a node that starts now finds, the superblock.
+    fn durable_superblock(&self, node: usize) -> Option<Superblock> {
+        let disk = &self.nodes[node].disk;
+        let places = superblock_places(disk.size_bytes())?;
+        let blocks = places.map(|at| disk.durable_content(at..at + BLOCK_SIZE as u64));
+        let blocks = blocks.each_ref().map(|block| Some(block.bytes()));
+        pick(&blocks, disk.size_bytes()).ok()
+    }
+
     /// I1 and I7: wherever two replicas differ, one of the two knows, whatever crashes now. To be asked only while no data
     /// was given up.
     pub fn check_findable(&self) {
@@ -72,7 +83,10 @@ impl World {
         (other, there): (usize, &Opened),
         different: &[u64],
     ) {
-        let (Some(slot), Some(back)) = (slot_of(here, other), slot_of(there, one)) else {
+        let (Some(slot), Some(back)) = (
+            slot_of(&here.superblock, other),
+            slot_of(&there.superblock, one),
+        ) else {
             return;
         };
         let is_full = |opened: &Opened, slot: usize| {
@@ -120,15 +134,15 @@ impl World {
             if has_lost || !is_peer {
                 continue;
             }
-            let (Some(here), Some(there)) = (self.recovered(node), self.recovered(other)) else {
+            let found = [node, other].map(|node| self.durable_superblock(node));
+            let [Some(here), Some(there)] = found else {
                 continue;
             };
-            let is_equal =
-                here.superblock.generations.current == there.superblock.generations.current;
+            let is_equal = here.generations.current == there.generations.current;
             assert!(
                 slot_of(&here, other).is_none()
                     || !is_equal
-                    || there.superblock.disk != PersistedDisk::UpToDate,
+                    || there.disk != PersistedDisk::UpToDate,
                 "[I2] write {id} is done on node {node} without node {other}, which is of the same generation\n{}",
                 self.describe()
             );
@@ -196,11 +210,16 @@ impl World {
                 .channels
                 .iter()
                 .any(|channel| channel.is_out_of_sync(slot, lba))
-            || self.events.iter().flatten().any(|event| match &event.what {
-                What::ToManager(
-                    ToManager::Harvested(_, _, pages) | ToManager::Retire(_, _, pages),
-                ) => event.node == node && pages.iter().any(has_bit),
-                _ => false,
+            || self.events.iter().flatten().any(|event| {
+                let What::ToManager(message) = &event.what else {
+                    return false;
+                };
+                match &**message {
+                    ToManager::Harvested(_, _, pages) | ToManager::Retire(_, _, pages) => {
+                        event.node == node && pages.iter().any(has_bit)
+                    }
+                    _ => false,
+                }
             })
     }
 
@@ -219,8 +238,8 @@ fn page_of(at: u64, engine: &Engine) -> (u32, u32) {
     ((bit / bits) as u32, (bit % bits) as u32)
 }
 
-fn slot_of(opened: &Opened, node: usize) -> Option<usize> {
-    let peers = &opened.superblock.peers;
+fn slot_of(superblock: &Superblock, node: usize) -> Option<usize> {
+    let peers = &superblock.peers;
     peers
         .iter()
         .position(|peer| peer.is_some_and(|peer| usize::from(peer.node_id) == node))

@@ -1,7 +1,7 @@
 //! I5: a node's disk gets no write of a session that the node has ended, and no write twice. Judged by what is sent and by
 //! whose data reaches the disk; `deliver` tells. Nothing here changes the run.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use super::World;
 use crate::engine::peer::answer::PeerAnswer;
@@ -18,7 +18,7 @@ pub(super) struct Received {
     /// By node and peer.
     ends: BTreeMap<(usize, usize), End>,
     /// By the numbers of their arrivals: writes that have no data, and were not answered.
-    zeroes: HashMap<u64, ReceivedWrite>,
+    zeroes: BTreeMap<u64, ReceivedWrite>,
 }
 
 /// How one node stands to a peer.
