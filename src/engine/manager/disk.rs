@@ -47,7 +47,10 @@ impl<H: Host> Manager<H> {
         let geometry = self.shared.geometry;
         // What this node was last told is durable here or at a peer, whatever this disk says.
         let saw = self.exposed.unwrap_or(self.durable.current);
-        self.exposed = (saw != opened.superblock.generations.current).then_some(saw);
+        let has = &opened.superblock.generations;
+        // One that it was about to leave when the disk failed is behind it.
+        let lacks = saw != has.current && !has.history_contains(saw);
+        self.exposed = lacks.then_some(saw);
         self.superblock = opened.superblock;
         self.durable = self.superblock.generations.clone();
         for (slot, index, page) in opened.pages {

@@ -282,7 +282,9 @@ impl<H: Host> Manager<H> {
             Outcome::InSync | Outcome::ConnectWithoutSync | Outcome::Ahead => has_other_data,
             // Newer than this disk it may be, and still lack what the application has seen since.
             Outcome::SyncTarget { .. } | Outcome::Behind => {
-                has_other_data && !theirs.history.contains(&exposed)
+                self.view.role == Role::Primary
+                    && has_other_data
+                    && !theirs.history.contains(&exposed)
             }
             _ => false,
         }

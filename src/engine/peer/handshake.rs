@@ -39,7 +39,7 @@ pub enum Rule {
     /// One was created, or its disk replaced, and never held data.
     JustCreated,
     /// One was invalidated by the operator, or was cut off at the start of a full sync before its all-set
-    /// bitmap was durable.
+    /// bitmap was durable. It fetches nothing from a node that is behind it.
     FullSyncWanted,
     /// Both were resync targets, of a third node or of each other's earlier self, and that was cut off.
     BothInconsistent,
@@ -285,8 +285,15 @@ impl Pair<'_> {
             return Some(self.sync_to(Rule::JustCreated, target, true));
         }
         if let Some(target) = self.only(|one| one.wants_full_sync) {
-            let (_, source) = self.with_other(target);
+            let (invalidated, source) = self.with_other(target);
             if source.disk > DiskState::Inconsistent {
+                // It was told to fetch what there is, not to go back to what it once had.
+                if knows_as_past(invalidated, source) && !knows_as_past(source, invalidated) {
+                    return Some(Decision {
+                        rule: Rule::FullSyncWanted,
+                        outcome: Outcome::ConnectWithoutSync,
+                    });
+                }
                 return Some(self.sync_to(Rule::FullSyncWanted, target, true));
             }
         }
@@ -540,6 +547,11 @@ impl Side {
             Side::Second => Side::First,
         }
     }
+}
+
+/// The other's data is of a generation that this one's once was.
+fn knows_as_past(one: &Hello, other: &Hello) -> bool {
+    past(one).any(|generation| generation == other.current_generation)
 }
 
 /// A generation that data once had, as opposed to the two special values.

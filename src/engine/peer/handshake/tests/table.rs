@@ -190,6 +190,13 @@ fn by_state_and_disk() -> Vec<Case> {
             FULL_SOURCE,
         ),
         case(
+            "invalidated here, and the other is behind",
+            wants_full(went_on(first(), OLD, NOW)),
+            hello_of(1, 0, OLD),
+            Rule::FullSyncWanted,
+            NO_SYNC,
+        ),
+        case(
             "both invalidated",
             wants_full(first()),
             wants_full(second()),
