@@ -100,13 +100,22 @@ impl Disk {
     /// Where pages begin that two devices do not have in common.
     pub fn different_pages(&self, other: &Disk, bytes: Range<u64>) -> Vec<u64> {
         let pages = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
-        let touched = self.pages.range(pages.clone());
-        let touched = touched.chain(other.pages.range(pages));
-        let mut numbers: Vec<u64> = touched.map(|(&page, _)| page).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        numbers.retain(|&page| self.page(page) != other.page(page));
-        numbers.into_iter().map(|page| page * PAGE).collect()
+        let mut mine = self.pages.range(pages.clone()).peekable();
+        let mut theirs = other.pages.range(pages).peekable();
+        let mut different = Vec::new();
+        loop {
+            let next = [mine.peek(), theirs.peek()].into_iter().flatten();
+            let Some(page) = next.map(|&(&page, _)| page).min() else {
+                return different;
+            };
+            let of_page = [&mut mine, &mut theirs].map(|pages| {
+                let found = pages.next_if(|&(&number, _)| number == page);
+                found.map_or(&ZEROES, |(_, content)| content)
+            });
+            if of_page[0] != of_page[1] {
+                different.push(page * PAGE);
+            }
+        }
     }
 
     /// What is read now. What was never written takes no room.
@@ -306,6 +315,51 @@ mod tests {
             len: SECTOR,
         };
         disk.execute(io, 0, &Bytes::Held(vec![byte; SECTOR as usize]));
+    }
+
+    #[test]
+    fn pages_that_differ_are_found_on_either_side_and_zeroes_are_what_was_never_written() {
+        let mut disks = [0, 1].map(|_| Disk::new(1 << 20, 512, false));
+        for page in [1, 2, 4] {
+            write(&mut disks[0], page * PAGE, 1);
+        }
+        for page in [2, 3, 4, 5] {
+            write(&mut disks[1], page * PAGE, 1);
+        }
+        write(&mut disks[1], 4 * PAGE + SECTOR, 2);
+        write(&mut disks[1], 5 * PAGE, 0);
+        let [one, other] = &disks;
+        assert_eq!(
+            one.different_pages(other, 0..1 << 20),
+            [PAGE, 3 * PAGE, 4 * PAGE]
+        );
+        assert_eq!(other.different_pages(one, 2 * PAGE..4 * PAGE), [3 * PAGE]);
+    }
+
+    #[test]
+    fn zeroes_that_are_written_are_like_any_other_write() {
+        for (volatile, fua) in [(false, false), (true, false), (true, true)] {
+            let mut disks = [0, 1].map(|_| Disk::new(1 << 20, 512, volatile));
+            for (disk, zeroes) in disks.iter_mut().zip([
+                Bytes::zeroes(2 * PAGE as usize),
+                Bytes::Held(vec![0; 2 * PAGE as usize]),
+            ]) {
+                write(disk, PAGE, 1);
+                let io = DiskIo {
+                    op: DiskOp::Write { fua },
+                    offset: PAGE - SECTOR,
+                    len: 2 * PAGE,
+                };
+                disk.execute(io, 0, &zeroes);
+            }
+            let all = 0..4 * PAGE;
+            let read = disks.each_ref().map(|disk| disk.read(all.clone()));
+            assert!(read[0] == read[1] && read[0] == [0; 4 * PAGE as usize]);
+            let durable = disks
+                .each_ref()
+                .map(|disk| disk.durable_content(all.clone()));
+            assert_eq!(durable[0].bytes(), durable[1].bytes());
+        }
     }
 
     #[test]
