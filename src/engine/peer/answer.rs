@@ -32,6 +32,20 @@ pub enum PeerAnswer {
 }
 
 impl PeerAnswer {
+    /// One of each, by their codes.
+    pub const ALL: [PeerAnswer; 10] = [
+        PeerAnswer::Ok,
+        PeerAnswer::Duplicate,
+        PeerAnswer::Fenced,
+        PeerAnswer::NotYet,
+        PeerAnswer::Busy,
+        PeerAnswer::Zeroes,
+        PeerAnswer::Again,
+        PeerAnswer::DiskError,
+        PeerAnswer::Refused(0),
+        PeerAnswer::Malformed,
+    ];
+
     /// Completion dword 0: the mark in bits 31:16, the reason of `Refused` in 15:8, the code in 7:0.
     pub const fn to_dword0(self) -> u32 {
         let low = match self {
@@ -77,21 +91,20 @@ mod tests {
 
     #[test]
     fn answers_come_back_as_they_were_sent() {
-        let mut answers = vec![
-            PeerAnswer::Ok,
-            PeerAnswer::Duplicate,
-            PeerAnswer::Fenced,
-            PeerAnswer::NotYet,
-            PeerAnswer::Busy,
-            PeerAnswer::Zeroes,
-            PeerAnswer::Again,
-            PeerAnswer::DiskError,
-            PeerAnswer::Malformed,
-        ];
-        answers.extend((0..=255).map(PeerAnswer::Refused));
-        for answer in answers {
+        let refused = (0..=255).map(PeerAnswer::Refused);
+        for answer in PeerAnswer::ALL.into_iter().chain(refused) {
             assert_eq!(PeerAnswer::from_dword0(answer.to_dword0()), answer);
         }
+    }
+
+    #[test]
+    fn all_have_every_code_once() {
+        let codes = PeerAnswer::ALL.map(|answer| answer.to_dword0() & 0xff);
+        assert!(codes.into_iter().eq(1..=10));
+        assert_eq!(
+            PeerAnswer::from_dword0(ANSWER_MARK | 11),
+            PeerAnswer::Malformed
+        );
     }
 
     #[test]

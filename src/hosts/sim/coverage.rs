@@ -334,19 +334,7 @@ fn all() -> Vec<(Kind, String)> {
         Outcome::Refuse(RefuseReason::AnotherPrimary),
     ];
     names.extend(outcomes.map(|outcome| (Kind::Outcome, outcome_name(outcome).to_owned())));
-    let answers = [
-        PeerAnswer::Ok,
-        PeerAnswer::Duplicate,
-        PeerAnswer::Fenced,
-        PeerAnswer::NotYet,
-        PeerAnswer::Busy,
-        PeerAnswer::Zeroes,
-        PeerAnswer::Again,
-        PeerAnswer::DiskError,
-        PeerAnswer::Refused(0),
-        PeerAnswer::Malformed,
-    ];
-    names.extend(answers.map(|answer| (Kind::Answer, answer_name(answer).to_owned())));
+    names.extend(PeerAnswer::ALL.map(|answer| (Kind::Answer, answer_name(answer).to_owned())));
     names
 }
 
