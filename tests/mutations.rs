@@ -3,6 +3,7 @@
 //!
 //! `BDEV_REPL_MUTATIONS` names the breaks to be made, separated by commas; if it is not set, all of them are.
 
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -10,29 +11,49 @@ use std::time::Instant;
 use bdev_repl::engine::mutation::{self, Mutation};
 use bdev_repl::hosts::sim::campaign::{Schedule, Scope, Violation, judge};
 
-/// Seeds of two nodes in which a break has to be noticed.
+/// Seeds in which a break has to be noticed.
 const SEEDS_MAX: u64 = 2000;
 
-/// The first seed that notices the break, and how.
-fn first_violation(mutation: Mutation) -> Option<(u64, Violation)> {
-    let scope = Scope::default();
+/// What has noticed a break first.
+enum Noticed {
+    /// A schedule that is kept for it, as seeds that show it are rare.
+    ByStory(Violation),
+    BySeed(u64, Violation),
+}
+
+/// What the break violates in this schedule, if nothing is violated without it: that would say nothing about it.
+fn violated(mutation: Mutation, schedule: &Schedule) -> Option<Violation> {
+    mutation::set(Some(mutation));
+    let violation = judge(schedule, false).err();
+    mutation::set(None);
+    let violation = violation?;
+    judge(schedule, false).is_ok().then_some(violation)
+}
+
+/// The first that notices the break: the story in `tests/breaks` with its name, if there is one, or a seed.
+fn first_violation(mutation: Mutation) -> Option<Noticed> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = root.join(format!("tests/breaks/{mutation:?}.json"));
+    if let Ok(text) = std::fs::read_to_string(path) {
+        let schedule = serde_json::from_str(&text).expect("a schedule");
+        if let Some(violation) = violated(mutation, &schedule) {
+            return Some(Noticed::ByStory(violation));
+        }
+    }
+    let nodes = mutation.nodes();
+    let scope = Scope {
+        nodes: nodes..=nodes,
+    };
     (0..SEEDS_MAX).find_map(|seed| {
-        let schedule = Schedule::from_seed(seed, &scope);
-        mutation::set(Some(mutation));
-        let violation = judge(&schedule, false).err();
-        mutation::set(None);
-        let violation = violation?;
-        // What is violated without the break too says nothing about it.
-        judge(&schedule, false).is_ok().then_some((seed, violation))
+        let violation = violated(mutation, &Schedule::from_seed(seed, &scope))?;
+        Some(Noticed::BySeed(seed, violation))
     })
 }
 
-/// The breaks that the environment names, or all that have been noticed before.
+/// The breaks that the environment names, or all.
 fn chosen() -> Vec<Mutation> {
     let Ok(names) = std::env::var("BDEV_REPL_MUTATIONS") else {
-        println!("left out, as no seed notices them: {:?}", Mutation::HOLES);
-        let known = |mutation: &Mutation| !Mutation::HOLES.contains(mutation);
-        return Mutation::ALL.iter().copied().filter(known).collect();
+        return Mutation::ALL.to_vec();
     };
     let of_name = |name: &str| {
         let mut all = Mutation::ALL.iter().copied();
@@ -55,14 +76,19 @@ fn the_simulator_notices_every_break_of_the_engine() {
                     let began = Instant::now();
                     let found = first_violation(mutation);
                     let seconds = began.elapsed().as_secs_f64();
-                    let Some((seed, violation)) = found else {
+                    let Some(noticed) = found else {
                         println!("{name:<32} not noticed in {SEEDS_MAX} seeds, {seconds:.1} s");
                         unnoticed.lock().unwrap().push(name);
                         continue;
                     };
-                    let Violation { invariant, .. } = &violation;
-                    let (seeds, title) = (seed + 1, violation.title());
-                    println!("{name:<32} {seeds:>4} seeds {seconds:>5.1} s  [{invariant}] {title}");
+                    let (how, violation) = match noticed {
+                        Noticed::ByStory(violation) => ("its story ".to_owned(), violation),
+                        Noticed::BySeed(seed, violation) => {
+                            (format!("{:>4} seeds", seed + 1), violation)
+                        }
+                    };
+                    let (invariant, title) = (&violation.invariant, violation.title());
+                    println!("{name:<32} {how} {seconds:>5.1} s  [{invariant}] {title}");
                 }
             });
         }

@@ -12,6 +12,7 @@ use super::steps::{CompareStep, SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::bitmap::master::Master;
 use crate::engine::message::Drain;
+use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{ChangeKind, PrepareBody};
 use crate::engine::peer::command::PeerCommand;
@@ -118,6 +119,9 @@ impl<H: Host> Manager<H> {
     /// Ends resyncs with everybody but the peer of `slot`, before a write of a Primary arrives, or another resync
     /// begins, that would cross with them.
     pub(super) fn end_other_resyncs(&mut self, cx: &mut H, slot: PeerSlot, reason: &str) {
+        if mutation::is(Mutation::ClearUnserved) {
+            return;
+        }
         for other in 0..MAX_PEERS {
             if other != slot && self.is_resyncing(other) {
                 self.lose_session(cx, other, reason);

@@ -3,6 +3,7 @@
 
 use super::World;
 use crate::engine::message::{OrderId, OrderOutcome};
+use crate::engine::peer::state::ConnState;
 use crate::hosts::sim::coverage::{Kind, Seen};
 
 impl World {
@@ -14,6 +15,7 @@ impl World {
         let before = self.coverage.observe(&mut self.seen[node], &engine.manager);
         if let Some(before) = before {
             self.check_decisions(node, &before);
+            self.check_finish(node, &before);
             self.states_come(node, &before);
         }
     }
@@ -41,6 +43,27 @@ impl World {
                 decided.decision,
                 self.describe()
             );
+        }
+    }
+
+    /// I7: a resync has ended, and no bit is left on either side. With more nodes others may have set some since.
+    fn check_finish(&self, node: usize, before: &Seen) {
+        if self.nodes.len() > 2 {
+            return;
+        }
+        let now = &self.seen[node];
+        let was_resyncing = |conn: ConnState| conn.is_sync_source() || conn.is_sync_target();
+        for slot in 0..now.conns.len() {
+            if was_resyncing(before.conns[slot]) && now.conns[slot] == ConnState::Connected {
+                let peers = self.state(node).peers;
+                let left = peers.iter().find(|peer| peer.slot == slot);
+                let left_bytes = left.map_or(0, |peer| peer.out_of_sync_bytes);
+                assert!(
+                    left_bytes == 0,
+                    "[I7] node {node} ends a resync with bits that are set\n{}",
+                    self.describe()
+                );
+            }
         }
     }
 
