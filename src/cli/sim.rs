@@ -12,7 +12,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::hosts::sim::campaign::{Findings, Schedule, Scope, Violation, campaign, judge, shrink};
-use crate::hosts::sim::coverage::{Coverage, Kind};
+use crate::hosts::sim::coverage::{Coverage, Kind, met_by};
 
 /// A line for whoever reads it. That nobody does any more, as behind `head`, neither ends the runs nor changes how they end.
 macro_rules! say {
@@ -220,7 +220,10 @@ fn tell_coverage(arguments: &SimArguments, coverage: &Coverage) {
         say!("{}: {}", kind.name(), counters.join(", "));
     }
     for (kind, name) in coverage.missing() {
-        say!("never among {}: {name}", kind.name());
+        match met_by(kind, &name, *arguments.nodes.end()) {
+            Some(place) => say!("never among {}: {name}; met by {place}", kind.name()),
+            None => say!("never among {}: {name}", kind.name()),
+        }
     }
     for (kind, name) in coverage.surprises() {
         say!(

@@ -25,6 +25,9 @@ macro_rules! mutations {
 }
 
 impl Mutation {
+    /// Breaks that nothing notices yet: holes in what is drawn or in what is checked, to be closed.
+    pub const HOLES: &[Mutation] = &[Mutation::PrimaryUnrecorded];
+
     /// How many nodes it takes until it can be noticed.
     pub fn nodes(self) -> usize {
         match self {
@@ -90,7 +93,8 @@ mutations! {
     ConnectedWithoutHarvest: "I6",
     /// Application I/O goes on while a Primary waits for the bitmap that says what it lacks.
     IoWithoutBitmap: "I6",
-    /// A Primary does not record that it is one.
+    /// A Primary does not record that it is one, and begins no generation where others may not know of it. The former alone
+    /// shows nothing: what an heir reads has a generation of its own.
     PrimaryUnrecorded: "I6",
     /// Demote ends while application I/O is still under way.
     DemoteUndrained: "I6",

@@ -242,7 +242,8 @@ impl<H: Host> Manager<H> {
             let peer = &self.view.peers[slot];
             !peer.configured || peer.has_latest() || self.may_miss(slot)
         });
-        if !is_known || without_own_disk || self.has_shared_generation() {
+        let is_needed = !is_known && !mutation::is(Mutation::PrimaryUnrecorded);
+        if is_needed || without_own_disk || self.has_shared_generation() {
             self.start_generation(cx, 0, without_own_disk);
         }
         self.check_promotion();

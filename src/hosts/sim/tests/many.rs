@@ -5,6 +5,7 @@ use crate::engine::manager::Order;
 use crate::engine::peer::command::opcode;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::request::RequestKind;
+use crate::hosts::sim::coverage::Kind;
 use crate::hosts::sim::random::Random;
 use crate::hosts::sim::tests::soak::{any_in_capsule_bytes, for_seeds};
 use crate::hosts::sim::world::{Config, MS, SECOND, World};
@@ -374,6 +375,24 @@ fn a_second_primary_is_refused_by_who_sees_the_first() {
         assert!(world.ordered(2, promote).is_err(), "seed {seed}");
         world.heal(0, 2);
         world.settle();
+    }
+}
+
+/// No campaign meets it: its operator promotes nobody who has not heard of the Primary that there is.
+#[test]
+fn a_primary_from_apart_is_refused_by_who_sees_another_one() {
+    for seed in 0..5 {
+        let mut world = three(seed);
+        world.cut(0, 2);
+        world.cut(1, 2);
+        world.run_for(500 * MS);
+        world.promote(2);
+        world.heal(1, 2);
+        world.run_for(500 * MS);
+        let outcomes = world.coverage.of(Kind::Outcome);
+        let is_it = |&(name, _): &(&str, u64)| name == "AnotherPrimary";
+        assert!(outcomes.iter().any(is_it), "seed {seed}: {outcomes:?}");
+        assert!(world.peer(1, 2).conn < ConnState::Connected, "seed {seed}");
     }
 }
 
