@@ -322,7 +322,10 @@ impl<H: Host> Manager<H> {
                 theirs: theirs.nonce,
                 decision,
             });
-            let may_pass = matches!(decision.outcome, Outcome::SplitBrain | Outcome::Refuse(_));
+            let may_pass = matches!(
+                decision.outcome,
+                Outcome::SplitBrain | Outcome::Unrelated | Outcome::Refuse(_)
+            );
             if let (Some(text), true) = (refusal(&decision), may_pass && self.has_third_nodes()) {
                 // A third node may be the one to mend it: of these two, one may have the other's data already, or may
                 // have been Primary a moment ago.
