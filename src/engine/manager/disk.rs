@@ -6,12 +6,13 @@ use super::orders::busy;
 use super::steps::{DiskStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{DiskStart, Drain, OrderError, OrderErrorKind, ToChannel};
-use crate::engine::meta::superblock::PersistedDisk;
+use crate::engine::meta::generation::{JUST_CREATED, NONE};
+use crate::engine::meta::superblock::{self, PersistedDisk};
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::open::Opened;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::engine::volume::EXTENT_BYTES;
-use crate::host::Host;
+use crate::host::{Host, PeerSlot};
 
 /// How long a Primary that attaches a disk again waits for a peer before its I/O fails.
 const REATTACH_NS: u64 = 10_000_000_000;
@@ -47,10 +48,14 @@ impl<H: Host> Manager<H> {
         let geometry = self.shared.geometry;
         // What this node was last told is durable here or at a peer, whatever this disk says.
         let saw = self.exposed.unwrap_or(self.durable.current);
-        let has = &opened.superblock.generations;
-        // One that it was about to leave when the disk failed is behind it.
-        let lacks = saw != has.current && !has.history_contains(saw);
-        self.exposed = lacks.then_some(saw);
+        // One that was being written when the disk failed, and is there after all, is newer than that.
+        let generations = &opened.superblock.generations;
+        let has_it = generations.current == saw || generations.history_contains(saw);
+        self.exposed = (!has_it).then_some(saw);
+        let told = self.superblock.generations.current;
+        self.was_told = told != self.durable.current
+            && told != generations.current
+            && self.peers.iter().any(|peer| peer.node_id.is_some());
         self.superblock = opened.superblock;
         self.durable = self.superblock.generations.clone();
         for (slot, index, page) in opened.pages {
@@ -65,6 +70,7 @@ impl<H: Host> Manager<H> {
                 .min(geometry.bits());
             self.masters[slot].or_range(first..end);
         }
+        self.keep_peers();
         let crashed = self.superblock.flags.attached;
         self.unclean = crashed && (!opened.active_extents.is_empty() || opened.log_damaged);
         if crashed {
@@ -84,7 +90,7 @@ impl<H: Host> Manager<H> {
             }
         }
         self.log_sequences = opened.log_numbers;
-        self.metadata.enabled = true;
+        self.metadata.start();
         self.view.own_disk_may_miss = false;
         if std::mem::take(&mut self.disk_is_behind)
             && self.view.role == Role::Secondary
@@ -100,6 +106,38 @@ impl<H: Host> Manager<H> {
         self.superblock.flags.primary |= self.view.role == Role::Primary;
         self.commit_pages(cx, Then::Nothing);
         self.commit_superblock(cx, Then::Disk(DiskStep::AttachDurable));
+    }
+
+    /// The peers are those that the operator has named, even if the disk failed before it was told of the last.
+    fn keep_peers(&mut self) {
+        for slot in 0..MAX_PEERS {
+            let node_id = self.peers[slot].node_id;
+            let known = self.superblock.peers[slot].map(|peer| peer.node_id);
+            if node_id == known {
+                continue;
+            }
+            self.name_peer(slot, node_id);
+            if node_id.is_some() {
+                self.masters[slot].set_all();
+            }
+            self.superblock.flags.assume_clean = false;
+            self.superblock.flags.parted = true;
+        }
+    }
+
+    /// Whose slot this is from now on; nothing is known of what that one has.
+    pub(super) fn name_peer(&mut self, slot: PeerSlot, node_id: Option<u8>) {
+        let is_partial = self.superblock.disk == PersistedDisk::Inconsistent
+            && self.superblock.generations.current != JUST_CREATED;
+        self.superblock.peers[slot] = node_id.map(|node_id| superblock::PeerSlot {
+            node_id,
+            disk_state: DiskState::DUnknown.as_u8(),
+            // What it lacks has no bits for a new slot.
+            full_sync: is_partial,
+        });
+        self.superblock.generations.bitmap[slot] = NONE;
+        self.masters[slot].clear_all();
+        self.masters[slot].mark_all_dirty();
     }
 
     /// Writes the disk state into the superblock, where it is one that outlives an attach.
@@ -187,7 +225,8 @@ impl<H: Host> Manager<H> {
             }
             self.view.suspended = true;
             self.reattach_until_ns = Some(cx.now_ns() + REATTACH_NS);
-        } else if self.exposed.is_some() && self.view.disk == DiskState::UpToDate {
+        } else if (self.exposed.is_some() || self.was_told) && self.view.disk == DiskState::UpToDate
+        {
             self.view.disk = DiskState::Consistent;
         }
         // Sessions that know this node without a disk have to be made anew: their decision was another.
@@ -215,15 +254,20 @@ impl<H: Host> Manager<H> {
         }
         self.view.disk = DiskState::Failed;
         self.disable_metadata();
-        if let Some(slot) = (0..MAX_PEERS).find(|&slot| {
-            let conn = self.view.peers[slot].conn;
-            conn.is_sync_target() || conn == ConnState::WFBitMapT
-        }) {
+        if let Some(slot) = self.source() {
             self.lose_session(cx, slot, "the disk failed");
         }
         self.tell_all();
         self.hello_changed(cx);
         self.adopt(cx, Then::Disk(DiskStep::FailedAdopted));
+    }
+
+    /// The peer that this node fetches from, or is about to.
+    pub(super) fn source(&self) -> Option<PeerSlot> {
+        (0..MAX_PEERS).find(|&slot| {
+            let conn = self.view.peers[slot].conn;
+            conn.is_sync_target() || conn == ConnState::WFBitMapT
+        })
     }
 
     fn failed_noticed(&mut self, cx: &mut H) {

@@ -1,7 +1,7 @@
 //! The exchange of bitmaps: everything is ORed on both sides while application writes go on setting bits.
 
 use super::Manager;
-use super::outbox::Call;
+use super::outbox::{CALL_AGAIN_NS, Call};
 use super::peer::Exchange;
 use super::steps::{SessionStep, Then};
 use crate::engine::bitmap::geometry::Granularity;
@@ -176,14 +176,19 @@ impl<H: Host> Manager<H> {
     }
 
     /// The source starts the resync when both bitmaps are on both sides.
-    fn check_exchange(&mut self, _cx: &mut H, slot: PeerSlot) {
+    fn check_exchange(&mut self, cx: &mut H, slot: PeerSlot) {
         if !self.exchange_is_complete(slot) || self.view.peers[slot].conn != ConnState::WFBitMapS {
             return;
         }
-        self.send_sync_start(slot);
+        self.send_sync_start(cx, slot);
     }
 
-    pub(super) fn send_sync_start(&mut self, slot: PeerSlot) {
+    pub(super) fn send_sync_start(&mut self, cx: &mut H, slot: PeerSlot) {
+        if !self.generation_is_durable() {
+            // The target would keep one that this node does not know any more after a crash.
+            self.peers[slot].again = Some((Call::SyncStart, cx.now_ns() + CALL_AGAIN_NS));
+            return;
+        }
         let outcome = self.peers[slot].decision.map(|decision| decision.outcome);
         let body = SyncStartBody {
             source_generation: self.superblock.generations.current,

@@ -99,7 +99,7 @@ impl<H: Host> Manager<H> {
     }
 
     /// A peer that is told of a generation keeps it, and this node has to know it again after a crash.
-    fn generation_is_durable(&self) -> bool {
+    pub(super) fn generation_is_durable(&self) -> bool {
         !self.metadata.enabled || self.durable.current == self.superblock.generations.current
     }
 
@@ -322,10 +322,7 @@ impl<H: Host> Manager<H> {
                 theirs: theirs.nonce,
                 decision,
             });
-            let may_pass = matches!(
-                decision.outcome,
-                Outcome::SplitBrain | Outcome::Unrelated | Outcome::Refuse(_)
-            );
+            let may_pass = matches!(decision.outcome, Outcome::SplitBrain | Outcome::Refuse(_));
             if let (Some(text), true) = (refusal(&decision), may_pass && self.has_third_nodes()) {
                 // A third node may be the one to mend it: of these two, one may have the other's data already, or may
                 // have been Primary a moment ago.

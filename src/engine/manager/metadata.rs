@@ -53,6 +53,12 @@ impl<H: Host> MetadataWriter<H> {
         }
     }
 
+    /// There is a disk, of which nothing is known yet: what was in flight on the last one when that was let go may have failed.
+    pub(super) fn start(&mut self) {
+        self.enabled = true;
+        self.failed = false;
+    }
+
     /// Metadata I/O that the disk has.
     pub(super) fn in_flight(&self) -> u32 {
         self.in_flight

@@ -139,6 +139,8 @@ pub struct Manager<H: Host> {
     opened: Option<Box<Opened>>,
     /// The generation that this node went on with while it had no disk, if the disk that was attached since has another.
     exposed: Option<u64>,
+    /// Peers may have been told of a generation that the disk that was attached since does not have.
+    was_told: bool,
     /// The disk that was let go lacks what may have been written since.
     disk_is_behind: bool,
     /// The transaction of the last promotion.
@@ -183,6 +185,7 @@ impl<H: Host> Manager<H> {
             reattach_until_ns: None,
             opened: None,
             exposed: None,
+            was_told: false,
             disk_is_behind: false,
             promotion: 0,
             closing: false,

@@ -5,8 +5,6 @@ use super::outbox::Call;
 use super::steps::{OrderStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::{Drain, OrderError, OrderErrorKind, OrderId, OrderOutcome};
-use crate::engine::meta::generation::JUST_CREATED;
-use crate::engine::meta::superblock;
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::command::PeerCommand;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
@@ -226,21 +224,12 @@ impl<H: Host> Manager<H> {
                 "there is no disk to remember the peer on; attach one first",
             ));
         }
-        self.superblock.peers[slot] = Some(superblock::PeerSlot {
-            node_id,
-            disk_state: DiskState::DUnknown.as_u8(),
-            // What it lacks has no bits for a new slot.
-            full_sync: self.view.disk == DiskState::Inconsistent
-                && self.superblock.generations.current != JUST_CREATED,
-        });
-        self.superblock.generations.bitmap[slot] = 0;
-        self.masters[slot].clear_all();
+        self.name_peer(slot, Some(node_id));
         // What was written before this slot existed has no bits in it. Without a peer that is known to start from the
         // same data, an equal generation must not be taken for equal data.
         if !self.superblock.flags.assume_clean {
             self.masters[slot].set_all();
         }
-        self.masters[slot].mark_all_dirty();
         let peer = &mut self.peers[slot];
         // Of a peer that was here before the link may not be down yet, and its last session not be over.
         *peer = super::Peer {
@@ -279,12 +268,14 @@ impl<H: Host> Manager<H> {
     }
 
     fn forget_peer(&mut self, cx: &mut H, id: OrderId, slot: PeerSlot) {
-        self.superblock.peers[slot] = None;
-        self.superblock.generations.bitmap[slot] = 0;
+        if !self.metadata.enabled {
+            let text = "the disk was let go before it could remember that; attach it and try again";
+            return self.order_ended(cx, id, busy(text));
+        }
+        self.name_peer(slot, None);
         // From here on nothing remembers what it lacks, or has.
         self.superblock.flags.assume_clean = false;
         self.superblock.flags.parted = true;
-        self.masters[slot].clear_all();
         self.peers[slot].node_id = None;
         self.peers[slot].address = None;
         self.view.peers[slot] = crate::engine::view::PeerView::NONE;
@@ -511,8 +502,7 @@ impl<H: Host> Manager<H> {
     pub(super) fn order_step(&mut self, cx: &mut H, id: OrderId, step: OrderStep) {
         match step {
             OrderStep::PromoteDurable | OrderStep::PromoteHarvested if self.closing => {
-                self.superblock.flags.primary = false;
-                self.order_ended(cx, id, busy("the volume is being deleted"));
+                self.take_back_promotion(cx, id, "the volume is being deleted");
             }
             OrderStep::PromoteDurable => {
                 self.harvest(cx, Then::OrderStep(id, OrderStep::PromoteHarvested));
@@ -521,6 +511,10 @@ impl<H: Host> Manager<H> {
                 self.part_with_others(cx);
                 self.agree_again();
                 self.generation_for_promotion(cx, id);
+            }
+            OrderStep::PromoteAgreed if !self.view.has_data() => {
+                let text = "the last replica that is UpToDate was lost meanwhile; try again";
+                self.take_back_promotion(cx, id, text);
             }
             OrderStep::PromoteAgreed => {
                 self.view.role = Role::Primary;
@@ -592,8 +586,7 @@ impl<H: Host> Manager<H> {
     }
 
     fn detach_quiet(&mut self, cx: &mut H, id: OrderId) {
-        let target = (0..MAX_PEERS).find(|&slot| self.view.peers[slot].conn.is_sync_target());
-        if let Some(slot) = target {
+        if let Some(slot) = self.source() {
             self.lose_session(cx, slot, "the disk is being detached");
         }
         self.view.disk = DiskState::Failed;

@@ -12,7 +12,7 @@ use crate::host::{Data, Host, IoStatus, PeerRefusal, PeerSlot};
 pub(super) const IN_FLIGHT: u32 = 8;
 
 /// Before a question that was answered "not yet" is put again.
-const CALL_AGAIN_NS: u64 = 5_000_000;
+pub(super) const CALL_AGAIN_NS: u64 = 5_000_000;
 
 /// What an answered command was for.
 #[derive(Clone, Copy, Debug)]
@@ -156,7 +156,7 @@ impl<H: Host> Manager<H> {
         }
         self.peers[slot].again = None;
         match call {
-            Call::SyncStart => self.send_sync_start(slot),
+            Call::SyncStart => self.send_sync_start(cx, slot),
             Call::FinishAsk => self.ask_to_finish(cx, slot),
             call => self.ask_finish(slot, call),
         }

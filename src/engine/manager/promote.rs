@@ -247,6 +247,18 @@ impl<H: Host> Manager<H> {
         self.peer_knows_demotion(cx, slot, None);
     }
 
+    /// Peers have agreed, and it does not come to it.
+    pub(super) fn take_back_promotion(&mut self, cx: &mut H, id: OrderId, why: &str) {
+        self.superblock.flags.primary = false;
+        self.commit_superblock(cx, Then::Nothing);
+        for slot in 0..MAX_PEERS {
+            if self.peers[slot].established {
+                self.send_abort(slot, id);
+            }
+        }
+        self.order_ended(cx, id, busy(why));
+    }
+
     pub(super) fn check_promoting(&mut self, cx: &mut H, id: OrderId) {
         let Some(order) = self.orders.iter_mut().find(|order| order.id == id) else {
             return;

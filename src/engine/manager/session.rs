@@ -313,6 +313,7 @@ impl<H: Host> Manager<H> {
             SessionStep::Reconciled => {
                 if self.view.disk == DiskState::Consistent {
                     self.view.disk = DiskState::UpToDate;
+                    self.exposed = None;
                     self.tell_all();
                     self.adopt(cx, Then::Nothing);
                 }

@@ -6,6 +6,7 @@ use super::outbox::Call;
 use super::steps::{SessionStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::Drain;
+use crate::engine::meta::generation::NONE;
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{RangesBody, SyncFinishBody};
@@ -14,12 +15,16 @@ use crate::engine::peer::state::{ConnState, DiskState};
 use crate::engine::volume::GRANULE_BYTES;
 use crate::host::{Host, PeerSlot};
 
+/// Why a target that has everything is compared with anew.
+const STARTED_AT_THE_END: &str = "a generation was started at the end of the resync";
+
 impl<H: Host> Manager<H> {
     /// The target is Inconsistent, durably: from now on it has our generation, and its bits say what it lacks.
     pub(super) fn target_started(&mut self, cx: &mut H, slot: PeerSlot) {
         self.superblock.generations.start_sync_as_source(slot);
         if self.has_newest_but_for_its_state(slot) {
             self.view.disk = DiskState::UpToDate;
+            self.exposed = None;
             self.record_disk();
             self.tell_all();
         }
@@ -135,11 +140,7 @@ impl<H: Host> Manager<H> {
             FinishPhase::Durable if body.generation != self.superblock.generations.current => {
                 // It has everything, but is not of the generation that was started meanwhile.
                 self.answer(cx, reply, PeerAnswer::Ok);
-                self.lose_session(
-                    cx,
-                    slot,
-                    "a generation was started at the end of the resync",
-                );
+                self.lose_session(cx, slot, STARTED_AT_THE_END);
             }
             FinishPhase::Durable => {
                 self.superblock.generations.finish_sync_as_source(slot);
@@ -186,6 +187,10 @@ impl<H: Host> Manager<H> {
     }
 
     pub(super) fn finish_recorded(&mut self, cx: &mut H, slot: PeerSlot, reply: usize) {
+        if self.superblock.generations.bitmap[slot] != NONE {
+            self.answer(cx, reply, PeerAnswer::Ok);
+            return self.lose_session(cx, slot, STARTED_AT_THE_END);
+        }
         let view = &mut self.view.peers[slot];
         view.conn = ConnState::Connected;
         view.pdsk = DiskState::UpToDate;

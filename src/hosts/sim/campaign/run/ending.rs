@@ -148,8 +148,35 @@ impl Run {
             self.connect(gives_up, Some(keeps), true);
             self.connect(keeps, Some(gives_up), false);
         }
+        self.declare_the_newest();
         // Nobody reads from two nodes any more.
         self.world.checks_content = !self.gave_up_data;
+    }
+
+    /// Of replicas none of which is whole, as when each was invalidated, the operator declares the best one the newest.
+    fn declare_the_newest(&mut self) {
+        let disk = |run: &Run, node: usize| run.world.state(node).disk;
+        let mut nodes = 0..self.world.nodes.len();
+        if nodes
+            .clone()
+            .any(|node| disk(self, node) == DiskState::UpToDate)
+        {
+            return;
+        }
+        let Some(first) = nodes.next() else {
+            return;
+        };
+        let best = nodes.fold(first, |best, node| {
+            if disk(self, node) > disk(self, best) {
+                node
+            } else {
+                best
+            }
+        });
+        self.gave_up_data = true;
+        for order in [Order::Promote { force: true }, Order::Demote] {
+            self.world.ordered(best, order).ok();
+        }
     }
 
     pub(super) fn connect(&mut self, node: usize, peer: Option<usize>, discard_my_data: bool) {
