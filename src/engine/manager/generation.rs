@@ -11,7 +11,7 @@ use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::NewGenerationBody;
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::state::{DiskState, Role};
+use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::engine::request::LOCAL_MASK;
 use crate::host::{Host, PeerSlot};
 
@@ -85,6 +85,15 @@ impl<H: Host> Manager<H> {
             if without_own_disk {
                 self.generation.again |= LOCAL_MASK;
             }
+            return;
+        }
+        let is_comparing = self
+            .view
+            .peers
+            .iter()
+            .any(|peer| peer.conn == ConnState::WFBitMapT);
+        if is_comparing && self.view.role == Role::Primary {
+            // What the peers have is not of this node's generation yet. Who waits asks again under the next view.
             return;
         }
         let missing = (0..MAX_PEERS)

@@ -13,7 +13,7 @@ use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{Range, RangesBody, SyncFinishBody};
 use crate::engine::peer::command::{FinishPhase, PeerCommand, Span};
-use crate::engine::peer::state::{ConnState, DiskState};
+use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::engine::volume::MAX_TRANSFER_BYTES;
 use crate::host::{Data, DiskIo, DiskOp, Host, IoStatus, PeerSlot};
 
@@ -456,7 +456,9 @@ impl<H: Host> Manager<H> {
     /// disk still is Inconsistent: what is asked for is the end with the source's present one.
     pub(super) fn ask_to_finish(&mut self, cx: &mut H, slot: PeerSlot) {
         let generation = self.peers[slot].current_generation;
-        if generation == self.superblock.generations.current || self.peers[slot].starts_generation {
+        // A Primary starts generations itself; what it knows of the source's may be older than what it has told that.
+        let is_current = generation == self.superblock.generations.current;
+        if is_current || self.view.role == Role::Primary || self.peers[slot].starts_generation {
             return self.ask_finish(slot, Call::FinishAsk);
         }
         self.superblock.generations.start_sync_as_target(generation);
