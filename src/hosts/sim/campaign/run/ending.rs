@@ -14,6 +14,10 @@ const REPORT_NS: u64 = 15 * SECOND;
 /// A run lasts this long at least.
 const RUN_NS: u64 = 60 * SECOND;
 
+/// What two nodes report that do not go together, for which an operator has to do something.
+const SPLIT_BRAIN: &str = "SplitBrain";
+const UNRELATED: &str = "Unrelated";
+
 impl Run {
     /// Faults end, everything is started, and all is well after a while.
     pub(super) fn end(mut self) -> Outcome {
@@ -128,7 +132,7 @@ impl Run {
     }
 
     /// Resolves what a reckless operator has made: nobody stays Primary, a split brain is reported on both sides, and the
-    /// changes of one are given up, until all go together.
+    /// changes of one are given up, until all go together. Of two that never had the same data one gets an empty device.
     fn reconcile(&mut self) {
         let nodes = self.world.nodes.len();
         self.advance(self.world.now_ns + REPORT_NS);
@@ -141,12 +145,16 @@ impl Run {
         }
         for _ in 0..nodes {
             self.advance(self.world.now_ns + REPORT_NS);
-            let Some((keeps, gives_up)) = self.split_brain() else {
+            if let Some((keeps, gives_up)) = self.split_brain() {
+                self.connect(gives_up, Some(keeps), true);
+                self.connect(keeps, Some(gives_up), false);
+            } else if let Some((keeps, gives_up)) = self.unrelated() {
+                self.give_empty_device(gives_up);
+                self.connect(keeps, Some(gives_up), false);
+            } else {
                 break;
-            };
+            }
             self.gave_up_data = true;
-            self.connect(gives_up, Some(keeps), true);
-            self.connect(keeps, Some(gives_up), false);
         }
         self.declare_the_newest();
         // Nobody reads from two nodes any more.
@@ -187,34 +195,63 @@ impl Run {
         self.order(node, connect);
     }
 
-    /// Two nodes that say that they have changes of their own: both do if one does, and if they have.
+    /// What it has is given up, and it fetches everything.
+    fn give_empty_device(&mut self, node: usize) {
+        self.put_in(node, Replacement::Nothing);
+        self.wait("the node has its new device", 30 * SECOND, |run| {
+            run.starting.is_empty()
+        });
+    }
+
+    /// Two nodes that say that they have changes of their own: if they have, they do.
     fn split_brain(&self) -> Option<(usize, usize)> {
-        let says = |node: usize, peer: usize| {
-            let report = self.world.peer(node, peer);
-            let error = report.last_error.unwrap_or_default();
-            report.conn < ConnState::Connected && error.contains("SplitBrain")
-        };
-        let nodes = self.world.nodes.len();
-        let mut found = None;
-        for one in 0..nodes {
-            for other in one + 1..nodes {
-                assert_eq!(
-                    says(one, other),
-                    says(other, one),
-                    "[I9] only one of {one} and {other} reports a split brain\n{}",
-                    self.world.describe()
-                );
-                assert!(
-                    says(one, other) || !self.world.have_diverged(one, other),
-                    "[I9] of {one} and {other} each has writes that the other lacks, and they report no split brain\n{}",
-                    self.world.describe()
-                );
-                if says(one, other) && found.is_none() {
-                    found = Some((one, other));
-                }
-            }
+        for (one, other) in self.pairs() {
+            assert!(
+                self.says(one, other, SPLIT_BRAIN)
+                    || self.says(one, other, UNRELATED)
+                    || !self.world.have_diverged(one, other),
+                "[I9] of {one} and {other} each has writes that the other lacks, and they report no split brain\n{}",
+                self.world.describe()
+            );
         }
-        found
+        self.who_say(SPLIT_BRAIN)
+    }
+
+    /// Two nodes that say that they never had the same data, as when both were declared the newest from nothing; the
+    /// second has the one that is worth less.
+    fn unrelated(&self) -> Option<(usize, usize)> {
+        let disk = |node: usize| self.world.state(node).disk;
+        let (one, other) = self.who_say(UNRELATED)?;
+        Some(if disk(one) < disk(other) {
+            (other, one)
+        } else {
+            (one, other)
+        })
+    }
+
+    /// The first two that say this of each other: both do if one does.
+    fn who_say(&self, what: &str) -> Option<(usize, usize)> {
+        for (one, other) in self.pairs() {
+            assert_eq!(
+                self.says(one, other, what),
+                self.says(other, one, what),
+                "[I9] only one of {one} and {other} reports: {what}\n{}",
+                self.world.describe()
+            );
+        }
+        self.pairs()
+            .find(|&(one, other)| self.says(one, other, what))
+    }
+
+    fn says(&self, node: usize, peer: usize, what: &str) -> bool {
+        let report = self.world.peer(node, peer);
+        let error = report.last_error.unwrap_or_default();
+        report.conn < ConnState::Connected && error.contains(what)
+    }
+
+    fn pairs(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let nodes = self.world.nodes.len();
+        (0..nodes).flat_map(move |one| (one + 1..nodes).map(move |other| (one, other)))
     }
 
     fn read_everything(&mut self) {
