@@ -152,15 +152,16 @@ impl<H: Host> Manager<H> {
     pub(super) fn part_with_others(&mut self, cx: &mut H) {
         for slot in 0..MAX_PEERS {
             let peer = &self.peers[slot];
-            let other_data = peer.current_generation != self.superblock.generations.current
-                || peer.may_differ
-                || !self.masters[slot].is_empty();
-            if self.has_third_nodes()
-                && peer.established
-                && self.view.peers[slot].conn == ConnState::Connected
-                && self.view.peers[slot].pdsk >= DiskState::Inconsistent
+            let view = &self.view.peers[slot];
+            let other_generation = self.has_third_nodes()
+                && peer.current_generation != self.superblock.generations.current;
+            // Either may have removed the node that made them three.
+            let differs = peer.may_differ || (view.has_latest() && !self.masters[slot].is_empty());
+            if peer.established
+                && view.conn == ConnState::Connected
+                && view.pdsk >= DiskState::Inconsistent
                 && self.view.disk_is_usable()
-                && other_data
+                && (other_generation || differs)
             {
                 self.lose_session(cx, slot, "its data is to be compared with the Primary's");
                 self.peers[slot].retry_at_ns = 0;

@@ -137,7 +137,7 @@ impl<H: Host> Manager<H> {
 
     /// All bits are in the master: agrees, and says whether there are any for the node that is being promoted.
     pub(super) fn agreed(&mut self, cx: &mut H, slot: PeerSlot, reply: usize) {
-        let answer = if self.has_third_nodes() && !self.masters[slot].is_empty() {
+        let answer = if self.view.disk == DiskState::UpToDate && !self.masters[slot].is_empty() {
             PeerAnswer::Again
         } else {
             PeerAnswer::Ok
