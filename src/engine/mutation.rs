@@ -26,7 +26,7 @@ macro_rules! mutations {
 
 impl Mutation {
     /// Breaks that nothing notices yet: holes in what is drawn or in what is checked, to be closed.
-    pub const HOLES: &[Mutation] = &[Mutation::PrimaryUnrecorded];
+    pub const HOLES: &[Mutation] = &[];
 
     /// How many nodes it takes until it can be noticed.
     pub fn nodes(self) -> usize {
@@ -94,8 +94,11 @@ mutations! {
     /// Application I/O goes on while a Primary waits for the bitmap that says what it lacks.
     IoWithoutBitmap: "I6",
     /// A Primary does not record that it is one, and begins no generation where others may not know of it. The former alone
-    /// shows nothing: what an heir reads has a generation of its own.
+    /// shows nothing: of writes of one generation, those that a crash leaves on one node only were never completed, and
+    /// whoever reads them afterwards has become Primary first, with a generation of its own.
     PrimaryUnrecorded: "I6",
+    /// A node becomes Primary without a generation where others may not know of it.
+    PromotedWithoutGeneration: "I6",
     /// Demote ends while application I/O is still under way.
     DemoteUndrained: "I6",
     /// A report clears bits of blocks that were written after the target was given them, and a resync goes on beside a

@@ -251,7 +251,9 @@ impl<H: Host> Manager<H> {
             let peer = &self.view.peers[slot];
             !peer.configured || peer.has_latest() || self.may_miss(slot)
         });
-        let is_needed = !is_known && !mutation::is(Mutation::PrimaryUnrecorded);
+        let is_needed = !is_known
+            && !mutation::is(Mutation::PrimaryUnrecorded)
+            && !mutation::is(Mutation::PromotedWithoutGeneration);
         if is_needed || without_own_disk || self.has_shared_generation() {
             self.start_generation(cx, 0, without_own_disk);
         }
