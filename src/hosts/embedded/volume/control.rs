@@ -78,6 +78,20 @@ pub(super) enum Pending {
     Delete(Ended),
 }
 
+impl Pending {
+    /// The manager was not given the order.
+    pub(super) fn refuse(self, error: RpcError) {
+        match self {
+            Pending::Reply(reply)
+            | Pending::Promote(reply)
+            | Pending::Demote(reply)
+            | Pending::Create(reply) => reply.fail(error),
+            // Nothing else ends a volume.
+            Pending::Delete(_) => {}
+        }
+    }
+}
+
 pub(super) fn bdev_error(error: BdevError) -> RpcError {
     RpcError::new(error.code, error.message)
 }
@@ -145,6 +159,17 @@ pub(super) fn next_order(core: &mut Core) -> OrderId {
 }
 
 pub(super) fn give_order(core: &mut Core, volume: u32, order: Order, pending: Pending) {
+    let has_manager = core
+        .volumes
+        .get_mut(volume)
+        .is_some_and(|this| this.manager.is_some());
+    let mut controls = core.volumes.controls.iter();
+    if !has_manager && controls.any(|control| control.volume == volume) {
+        core.after(LATER_MS, move |core| {
+            give_order(core, volume, order, pending)
+        });
+        return;
+    }
     let id = next_order(core);
     if let Some(control) = core
         .volumes

@@ -19,6 +19,7 @@ use super::link::Links;
 use super::{CoreVolume, ana, with};
 use crate::engine::channel::Channel;
 use crate::engine::manager::{Manager, Order};
+use crate::engine::message::OrderId;
 use crate::engine::open::Opened;
 use crate::engine::volume::Shared;
 use crate::hosts::control::endpoint::{
@@ -111,7 +112,8 @@ pub(super) fn start(
     );
 }
 
-/// Every core gets the device, then the manager starts using it.
+/// Every core gets the device, then the manager starts using it. The volume may have got another one, or be going, since
+/// the device was asked for.
 pub(super) fn start_attach(
     core: &mut Core,
     volume: u32,
@@ -122,15 +124,15 @@ pub(super) fn start_attach(
 ) {
     let id = next_order(core);
     let bdev = base.0;
-    if let Some(control) = core
-        .volumes
-        .controls
-        .iter_mut()
-        .find(|control| control.volume == volume)
-    {
-        control.base = Some(base);
-        control.orders.push((id, pending));
-    }
+    let control = match control_to_attach(core, volume) {
+        Ok(control) => control,
+        Err(error) => {
+            core.registry.release(bdev);
+            return pending.refuse(error);
+        }
+    };
+    control.base = Some(base);
+    control.orders.push((id, pending));
     core.on_all_cores(
         move |core| {
             if let Some(this) = core.volumes.get_mut(volume) {
@@ -138,6 +140,9 @@ pub(super) fn start_attach(
             }
         },
         move |core| {
+            if is_going(core, volume) {
+                return disk_closed(core, volume, move |core| refused(core, volume, id));
+            }
             with(core, volume, |this| {
                 if let Some(manager) = &mut this.manager {
                     this.manager_stirred = true;
@@ -147,6 +152,40 @@ pub(super) fn start_attach(
             });
         },
     );
+}
+
+/// The volume, if it is still there to be given a device.
+fn control_to_attach(core: &mut Core, volume: u32) -> Result<&mut Control, RpcError> {
+    let mut controls = core.volumes.controls.iter_mut();
+    let control = controls
+        .find(|control| control.volume == volume)
+        .ok_or_else(refusal::gone)?;
+    let name = &control.create.name;
+    if control.deleting {
+        return Err(refusal::being_deleted(name));
+    }
+    if control.base.is_some() {
+        return Err(refusal::has_base_bdev(name));
+    }
+    Ok(control)
+}
+
+fn is_going(core: &Core, volume: u32) -> bool {
+    let mut controls = core.volumes.controls.iter();
+    controls.any(|control| control.volume == volume && control.deleting)
+}
+
+/// The manager is not given this order: its volume is going.
+fn refused(core: &mut Core, volume: u32, id: OrderId) {
+    let mut controls = core.volumes.controls.iter_mut();
+    let Some(control) = controls.find(|control| control.volume == volume) else {
+        return;
+    };
+    let error = refusal::being_deleted(&control.create.name);
+    let position = control.orders.iter().position(|(other, _)| *other == id);
+    if let Some(position) = position {
+        control.orders.swap_remove(position).1.refuse(error);
+    }
 }
 
 /// The volume has its disk: its bdevs and its endpoint appear.
@@ -376,7 +415,7 @@ fn forget(
 }
 
 /// The engine has let go of the backing bdev on all cores.
-pub(super) fn disk_closed(core: &mut Core, volume: u32) {
+pub(super) fn disk_closed(core: &mut Core, volume: u32, then: impl FnOnce(&mut Core) + 'static) {
     core.on_all_cores(
         move |core| {
             if let Some(this) = core.volumes.get_mut(volume) {
@@ -392,6 +431,7 @@ pub(super) fn disk_closed(core: &mut Core, volume: u32) {
             if let Some((bdev, _)) = control.and_then(|control| control.base.take()) {
                 core.registry.release(bdev);
             }
+            then(core);
         },
     );
 }

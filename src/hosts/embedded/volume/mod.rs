@@ -164,7 +164,7 @@ fn carry_out(core: &mut Core, volume: u32) {
             }
             Action::LinkOpen(slot, address) => link::open(core, volume, slot, &address),
             Action::LinkClose(slot) => link::close(core, volume, slot, "reset"),
-            Action::DiskClose => lifecycle::disk_closed(core, volume),
+            Action::DiskClose => lifecycle::disk_closed(core, volume, |_| ()),
             Action::Ordered(id, outcome) => control::ordered(core, volume, id, outcome),
         }
     }
@@ -554,3 +554,6 @@ pub fn shutdown(core: &mut Core, then: impl FnOnce(&mut Core) + 'static) {
 fn slots() -> std::ops::Range<PeerSlot> {
     0..MAX_PEERS
 }
+
+#[cfg(test)]
+mod tests;
