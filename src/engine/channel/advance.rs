@@ -79,9 +79,14 @@ impl<H: Host> Channel<H> {
         if !self.view.has_data() {
             return self.end(cx, index, AppStatus::Failed);
         }
-        let Some(kind) = self.requests.get(index).map(|request| request.kind) else {
+        let Some(request) = self.requests.get_mut(index) else {
             return Step::Leave;
         };
+        if self.view.disk_is_usable() {
+            // It may be another one than that which failed.
+            request.tried &= !LOCAL_MASK;
+        }
+        let kind = request.kind;
         match kind {
             RequestKind::Read => self.choose_source(cx, index),
             // A flush too: what the disk had in its cache counts as written only where it is known to lack it.
@@ -126,12 +131,19 @@ impl<H: Host> Channel<H> {
                 && matches!(request.origin, Origin::Application(_))
                 && self.view.read_source(0).is_some());
         let stale = self.shared.stale.any(bits) && !mutation::is(Mutation::ReadStale);
-        if attached && current && request.tried & LOCAL_MASK == 0 && !stale {
+        let failed_here = request.tried & LOCAL_MASK != 0;
+        if attached && current && !failed_here && !stale {
             request.unsent = LOCAL_MASK;
         } else if let (Origin::Application(_), Some(slot)) =
             (&request.origin, self.view.read_source(request.tried))
         {
             request.unsent = 0;
+            if (failed_here || !attached) && !self.view.own_disk_may_miss {
+                // What a peer has, and this disk may not, must not go again when this node dies and comes back with it.
+                request.stage = Stage::Held;
+                self.need_generation(cx, LOCAL_MASK);
+                return Step::Wait;
+            }
             request.assign_peer(slot, self.view.peers[slot].send_session);
         } else {
             return self.end(cx, index, AppStatus::Failed);
@@ -205,9 +217,17 @@ impl<H: Host> Channel<H> {
         if request.kind != RequestKind::ResyncRead {
             return self.enter(index, Stage::Log);
         }
-        let Origin::Peer { slot, .. } = request.origin else {
+        let Origin::Peer { slot, session, .. } = request.origin else {
             return Step::Leave;
         };
+        // Its session, or the disk, may have gone while it waited.
+        let peer = &self.view.peers[slot];
+        if session != peer.recv_session || !peer.serve {
+            return self.end_received(cx, index, PeerAnswer::Fenced);
+        }
+        if self.view.disk != DiskState::UpToDate {
+            return self.end_received(cx, index, PeerAnswer::DiskError);
+        }
         // Before the read: a bit that is set from here on takes its entry back.
         self.shared.served[slot].set_range(
             self.shared

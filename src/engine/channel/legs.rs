@@ -203,13 +203,14 @@ impl<H: Host> Channel<H> {
             return;
         };
         request.tried |= LOCAL_MASK;
-        if !request.kind.writes()
-            || request.local_failed
-            || !matches!(request.origin, Origin::Application(_))
-        {
+        let lasts = request.kind.writes() || request.kind == RequestKind::Flush;
+        if !lasts || request.local_failed || !matches!(request.origin, Origin::Application(_)) {
             return;
         }
         request.local_failed = true;
+        if !request.kind.writes() {
+            return;
+        }
         let range = (request.lba, request.blocks);
         for (slot, peer) in self.view.peers.iter().enumerate() {
             if peer.send_session != 0 {

@@ -24,6 +24,8 @@ pub(super) struct Bump {
     without_own_disk: bool,
     /// Peers that have not said that they have it.
     waiting: u8,
+    /// Peers that have said so, of the last round.
+    taken: u8,
     /// Peers that the running round goes on without.
     missing: u8,
     /// Peers that every other peer with the latest data knows to be missing, since this node is Primary and since the
@@ -131,6 +133,7 @@ impl<H: Host> Manager<H> {
         self.generation.local_done = false;
         self.generation.without_own_disk = without_own_disk;
         self.generation.waiting = 0;
+        self.generation.taken = 0;
         self.generation.missing = missing;
         let mut missing_nodes = if without_own_disk {
             1 << self.superblock.node_id
@@ -181,6 +184,7 @@ impl<H: Host> Manager<H> {
     pub(super) fn generation_taken(&mut self, cx: &mut H, slot: PeerSlot, round: u64) {
         if self.generation.round == round {
             self.generation.waiting &= !(1 << slot);
+            self.generation.taken |= 1 << slot;
             // Its state may be later than its answer.
             self.peers[slot].current_generation = self.superblock.generations.current;
             if !self.metadata.enabled {
@@ -211,7 +215,8 @@ impl<H: Host> Manager<H> {
             // The disk is back: a generation without it would be its own.
             again &= !LOCAL_MASK;
         }
-        if bump.without_own_disk && self.view.disk <= DiskState::Failed {
+        // Somebody has to remember it.
+        if bump.without_own_disk && bump.taken != 0 && self.view.disk <= DiskState::Failed {
             self.view.own_disk_may_miss = true;
         }
         if self.view.own_disk_may_miss {

@@ -116,6 +116,8 @@ impl<H: Host> Manager<H> {
         let agreed = self.is_under_way(|work| matches!(work, Work::Committing));
         if body.kind == ChangeKind::Promote
             && (self.view.role == Role::Primary
+                || self.is_under_way(|work| matches!(work, Work::Demoting))
+                || self.closing
                 || agreed
                 || self.sees_primary(Some(slot))
                 || self.is_ahead_of(body.generation)

@@ -191,6 +191,8 @@ pub struct Node {
     pub disk: Disk,
     /// Counts starts: what belongs to an earlier one is void.
     pub incarnation: u64,
+    /// The number of what came first after its last power loss.
+    pub lost_power_at: u64,
     pub running: bool,
     pub engine: Option<Engine>,
     pub opener: Option<Opener<Core>>,
@@ -224,6 +226,7 @@ impl Node {
         Node {
             disk,
             incarnation: 0,
+            lost_power_at: 0,
             running: false,
             engine: None,
             opener: None,

@@ -122,7 +122,12 @@ impl Lead {
                 }
                 match world.outcome(node, order) {
                     Some(Ok(())) => *self = Lead::Active { node },
-                    Some(Err(_)) => *self = Lead::Nobody { holders },
+                    Some(Err(error)) => {
+                        // As when it died: it may have begun.
+                        let has_begun = error.text.contains("lost meanwhile") && on_disk != 0;
+                        let holders = if has_begun { on_disk } else { holders };
+                        *self = Lead::Nobody { holders };
+                    }
                     None => {}
                 }
             }

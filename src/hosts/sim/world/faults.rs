@@ -100,6 +100,7 @@ impl World {
     pub fn power_loss(&mut self, node: usize) {
         self.note(node, || "lost power".to_owned());
         self.stop(node, true);
+        self.nodes[node].lost_power_at = self.next_id;
         if self.config.volatile_caches {
             // Where a Primary has it all, others may agree with each other on what this one has left, until they follow it.
             self.nothing_counts();

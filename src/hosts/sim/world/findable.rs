@@ -129,7 +129,9 @@ impl World {
         let peers = self.state(node).peers;
         for other in (0..self.nodes.len()).filter(|&other| !has(other)) {
             // It may have had it in its cache; or the operator has had it removed, which is about to be durable.
-            let has_lost = self.config.volatile_caches && self.nodes[other].engine.is_none();
+            let lost_it =
+                self.nodes[other].engine.is_none() || self.nodes[other].lost_power_at > id;
+            let has_lost = self.config.volatile_caches && lost_it;
             let is_peer = peers.iter().any(|peer| usize::from(peer.node_id) == other);
             if has_lost || !is_peer {
                 continue;
