@@ -1,6 +1,9 @@
 //! A volume's life in SPDK: found by itself, its disk pulled, deleted and shut down in the middle of
 //! everything. After each, SPDK has nothing left over, and the replicas are the same.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
 use bdev_repl::cli::demo::cluster::{BASE_BDEV, SUBSYSTEM_NQN, VOLUME, peer};
 use bdev_repl::cli::demo::link::LinkState;
 use serde_json::{Value, json};
@@ -181,6 +184,41 @@ fn a_volume_is_deleted_while_its_writes_are_held() {
     delete(&mut stage, A);
     assert!(load.join().error.is_some());
     delete(&mut stage, B);
+    for index in [A, B] {
+        stop(&mut stage, index);
+    }
+}
+
+#[test]
+fn a_device_that_is_opened_when_its_volume_is_deleted_is_let_go() {
+    let _alone = alone();
+    let mut stage = paired(ONE_CORE_EACH);
+    stage.demote(A);
+    call(&mut stage, A, "bdev_repl_detach", json!({"name": VOLUME}));
+    let request = |method: &str, params: Value| {
+        json!({"jsonrpc": "2.0", "id": method, "method": method, "params": params}).to_string()
+    };
+    let attach = json!({"name": VOLUME, "base_bdev": BASE_BDEV});
+    let attach = request("bdev_repl_attach", attach);
+    let delete = request("bdev_repl_delete", json!({"name": VOLUME}));
+    // What arrives together is begun together.
+    let path = &stage.cluster.nodes[A].settings().rpc_socket;
+    let mut socket = UnixStream::connect(path).unwrap();
+    socket.write_all((attach + &delete).as_bytes()).unwrap();
+    let answers = serde_json::Deserializer::from_reader(&socket).into_iter::<Value>();
+    for answer in answers.take(2) {
+        let answer = answer.unwrap();
+        if answer["id"] == "bdev_repl_attach" {
+            assert_eq!(answer["error"]["code"], -16, "{answer}");
+        } else {
+            assert_eq!(answer["result"], true, "{answer}");
+        }
+    }
+    let bdev = call(&mut stage, A, "bdev_get_bdevs", json!({"name": BASE_BDEV}));
+    assert_eq!(bdev[0]["claimed"], false);
+    stage.cluster.create(A, &Value::Null).unwrap();
+    stage.cluster.add_peer(A).unwrap();
+    stage.in_sync();
     for index in [A, B] {
         stop(&mut stage, index);
     }

@@ -17,7 +17,7 @@ use super::volume::{CoreVolume, with_manager};
 use super::{ana, endpoint, link, sys};
 use crate::engine::channel::Channel;
 use crate::engine::manager::{Manager, Order};
-use crate::engine::message::ToManager;
+use crate::engine::message::{OrderId, ToManager};
 use crate::engine::open::Opened;
 use crate::engine::volume::Shared;
 use crate::hosts::control::endpoint::{endpoint_name, endpoint_uuid};
@@ -104,7 +104,8 @@ pub fn start(
     );
 }
 
-/// Every core gets the device, then the manager starts using it.
+/// Every core gets the device, then the manager starts using it. The volume may have got another one, or be going, since
+/// the device was asked for.
 pub fn start_attach(
     state: &mut State,
     volume: u32,
@@ -113,8 +114,12 @@ pub fn start_attach(
     pending: Pending,
 ) {
     let id = state.node.next_order();
-    let Some(control) = state.node.control(volume) else {
-        return backing::close(state, &backing, true);
+    let control = match control_to_attach(state, volume) {
+        Ok(control) => control,
+        Err(error) => {
+            backing::close(state, &backing, true);
+            return pending.refuse(error);
+        }
     };
     control.backing = Some(backing.clone());
     control.orders.push((id, pending));
@@ -128,12 +133,42 @@ pub fn start_attach(
             }
         },
         move |state| {
+            let control = state.node.control(volume);
+            if control.is_some_and(|control| control.deleting) {
+                disk_closed(state, volume);
+                return refused(state, volume, id);
+            }
             with_manager(state, volume, |manager, cx| {
                 manager.expect_attach(cx, id);
                 manager.attach(cx, opened);
             });
         },
     );
+}
+
+/// The volume, if it is still there to be given a device.
+fn control_to_attach(state: &mut State, volume: u32) -> Result<&mut Control, RpcError> {
+    let control = state.node.control(volume).ok_or_else(refusal::gone)?;
+    let name = &control.create.name;
+    if control.deleting {
+        return Err(refusal::being_deleted(name));
+    }
+    if control.backing.is_some() {
+        return Err(refusal::has_base_bdev(name));
+    }
+    Ok(control)
+}
+
+/// The manager is not given this order: its volume is going.
+fn refused(state: &mut State, volume: u32, id: OrderId) {
+    let Some(control) = state.node.control(volume) else {
+        return;
+    };
+    let error = refusal::being_deleted(&control.create.name);
+    let position = control.orders.iter().position(|(other, _)| *other == id);
+    if let Some(position) = position {
+        control.orders.swap_remove(position).1.refuse(error);
+    }
 }
 
 /// The volume has its disk: its bdevs and its endpoint appear.

@@ -96,6 +96,22 @@ pub enum Pending {
     Delete(Ended),
 }
 
+impl Pending {
+    /// The manager was not given the order.
+    pub fn refuse(self, error: RpcError) {
+        match self {
+            Pending::Reply(reply)
+            | Pending::AddPeer(reply, ..)
+            | Pending::Promote(reply)
+            | Pending::Demote(reply)
+            | Pending::Create(reply)
+            | Pending::Detach(reply) => reply.fail(error),
+            // Nothing else ends a volume.
+            Pending::Delete(_) => {}
+        }
+    }
+}
+
 impl Node {
     pub fn control(&mut self, volume: u32) -> Option<&mut Control> {
         self.controls
@@ -236,7 +252,15 @@ fn add_peer(state: &mut State, name: &str, order: Order, transport: PeerTranspor
     );
 }
 
+/// An order for a volume that is being made is kept until it has its manager.
 pub fn give_order(state: &mut State, volume: u32, order: Order, pending: Pending) {
+    let has_manager = state
+        .volume(volume)
+        .is_some_and(|this| this.manager.is_some());
+    if !has_manager && state.node.control(volume).is_some() {
+        let again = move |state: &mut State| give_order(state, volume, order, pending);
+        return state.node.deferred.push(Box::new(again));
+    }
     let id = state.node.next_order();
     let Some(control) = state.node.control(volume) else {
         return;
