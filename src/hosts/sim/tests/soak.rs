@@ -1,5 +1,6 @@
-//! Random runs: everything at once, out of one seed. `BDEV_REPL_SIM_SEED=S` replays one seed, `BDEV_REPL_SIM_SEEDS=N`
-//! runs N of them.
+//! Random runs of two nodes and more: one Primary, links that are cut each by itself, nodes that die and come back, disks
+//! that are let go, and roles that move, all out of one seed. `BDEV_REPL_SIM_SEED=S` replays one seed,
+//! `BDEV_REPL_SIM_SEEDS=N` runs N of them. Campaigns draw more and judge more; these run with the unit tests.
 
 use crate::engine::manager::Order;
 use crate::engine::peer::state::{ConnState, DiskState};
@@ -38,17 +39,19 @@ pub fn any_in_capsule_bytes(shape: &mut Random) -> u32 {
 }
 
 /// A world of this seed's own shape.
-pub fn shaped(seed: u64, volatile_caches: bool) -> World {
+fn shaped(seed: u64, nodes: usize, volatile_caches: bool) -> World {
     let mut shape = Random::new(seed ^ 0x5eed);
     let granularities = [12, 12, 14, 16];
     let config = Config {
+        nodes,
         cores: 1 + shape.below(2) as usize,
-        block_size: 512,
         volatile_caches,
-        volume_bytes: 64 << 20,
+        volume_bytes: 32 << 20,
         al_extents: [8, 10, 12][shape.below(3) as usize],
-        in_capsule_bytes: (0..2).map(|_| any_in_capsule_bytes(&mut shape)).collect(),
-        granularity_log2: (0..2)
+        in_capsule_bytes: (0..nodes)
+            .map(|_| any_in_capsule_bytes(&mut shape))
+            .collect(),
+        granularity_log2: (0..nodes)
             .map(|_| granularities[shape.below(4) as usize])
             .collect(),
         scarcity_percent: [0, 0, 5][shape.below(3) as usize],
@@ -61,35 +64,52 @@ pub fn shaped(seed: u64, volatile_caches: bool) -> World {
 /// The operator's and the world's side of a run.
 struct Run {
     world: World,
+    nodes: usize,
     /// Where the application is.
-    primary: Option<usize>,
+    primary: usize,
     power: bool,
 }
 
 impl Run {
-    fn new(seed: u64, power: bool) -> Run {
-        let mut world = shaped(seed, power);
+    fn new(seed: u64, nodes: usize, power: bool) -> Run {
+        let mut world = shaped(seed, nodes, power);
         world.promote(0);
         Run {
             world,
-            primary: Some(0),
+            nodes,
+            primary: 0,
             power,
         }
+    }
+
+    fn any_node(&mut self) -> usize {
+        self.world.random.below(self.nodes as u64) as usize
+    }
+
+    fn any_pair(&mut self) -> (usize, usize) {
+        let one = self.any_node();
+        let other =
+            (one + 1 + self.world.random.below(self.nodes as u64 - 1) as usize) % self.nodes;
+        (one, other)
     }
 
     fn is_up(&self, node: usize) -> bool {
         self.world.nodes[node].engine.is_some()
     }
 
-    /// Connected, both UpToDate as the node sees it: the other has everything that was acknowledged.
-    fn has_everything_elsewhere(&self, node: usize) -> bool {
-        let other = 1 - node;
-        self.is_up(node) && self.is_up(other) && {
-            let (mine, theirs) = (self.world.peer(node, other), self.world.state(other));
-            mine.conn == ConnState::Connected
-                && mine.disk == DiskState::UpToDate
-                && theirs.disk == DiskState::UpToDate
-        }
+    /// A node, not this one, that has everything that was acknowledged on this one, as this one sees it.
+    fn heir(&mut self, node: usize) -> Option<usize> {
+        let start = self.any_node();
+        (0..self.nodes)
+            .map(|step| (start + step) % self.nodes)
+            .find(|&other| {
+                other != node && self.is_up(node) && self.is_up(other) && {
+                    let (mine, theirs) = (self.world.peer(node, other), self.world.state(other));
+                    mine.conn == ConnState::Connected
+                        && mine.disk == DiskState::UpToDate
+                        && theirs.disk == DiskState::UpToDate
+                }
+            })
     }
 
     fn stop(&mut self, node: usize) {
@@ -101,101 +121,131 @@ impl Run {
     }
 
     fn step(&mut self) {
-        let node = self.world.random.below(2) as usize;
-        match self.world.random.below(40) {
-            0 => self.world.cut(0, 1),
-            1 => {
-                let from = self.world.random.below(2) as usize;
-                self.world.cut_one_way(from, 1 - from);
-            }
-            2..6 => self.world.heal(0, 1),
-            6 => self.world.reset(0, 1),
-            7 if self.is_up(node) => self.crash(node),
-            8..11 if !self.is_up(node) => self.come_back(node),
-            11 if self.is_up(node) => {
+        let (one, other) = self.any_pair();
+        match self.world.random.below(44) {
+            0..2 => self.world.cut(one, other),
+            2 => self.world.cut_one_way(one, other),
+            3..8 => self.world.heal(one, other),
+            8 => self.world.reset(one, other),
+            9 if self.is_up(one) => self.crash(one),
+            10..14 if !self.is_up(one) => self.world.restart(one),
+            14 if self.is_up(one) => {
                 let order = match self.world.random.below(3) {
                     0 => Order::PauseResync,
                     _ => Order::ResumeResync,
                 };
-                self.world.order(node, order);
+                self.world.order(one, order);
             }
-            12 => self.hand_over(),
+            15 => self.hand_over(),
+            16 => self.attach_again(one),
             _ => self.work(),
         }
         let time_ns = self.world.random.below(4 * MS);
         self.world.run_for(time_ns);
+        if self.world.random.chance(5) {
+            self.world.run_for(300 * MS);
+        }
     }
 
     fn crash(&mut self, node: usize) {
-        let takes_over = self.primary == Some(node)
-            && self.has_everything_elsewhere(node)
-            && !self.world.is_cut(0, 1);
+        let heir = self.heir(node).filter(|_| self.primary == node);
         self.stop(node);
-        if self.primary != Some(node) {
+        if self.primary != node {
             return;
         }
-        if takes_over && self.world.random.chance(60) {
-            let other = 1 - node;
-            self.world.run_for(5 * MS);
-            if self
-                .world
-                .ordered(other, Order::Promote { force: false })
-                .is_ok()
-            {
-                self.primary = Some(other);
+        if let Some(heir) = heir
+            && self.world.random.chance(60)
+        {
+            let time_ns = self.world.random.below(400 * MS);
+            self.world.run_for(time_ns);
+            let promote = Order::Promote { force: false };
+            if self.world.ordered(heir, promote).is_ok() {
+                self.primary = heir;
                 return;
             }
         }
-        // Nobody else may be Primary now: it comes back itself.
-        self.come_back(node);
+        // Nobody else may be Primary now: it comes back itself, sooner or later.
+        let time_ns = [0, 20, 500][self.world.random.below(3) as usize] * MS;
+        self.world.run_for(time_ns);
+        self.world.restart(node);
         self.promote(node);
     }
 
     fn promote(&mut self, node: usize) {
         for _ in 0..20 {
-            if self
-                .world
-                .ordered(node, Order::Promote { force: false })
-                .is_ok()
-            {
+            let promote = Order::Promote { force: false };
+            if self.world.ordered(node, promote).is_ok() {
                 return;
             }
-            self.world.heal(0, 1);
-            if !self.is_up(1 - node) {
-                self.come_back(1 - node);
-            }
-            self.world.run_for(200 * MS);
+            self.heal_all();
+            self.world.run_for(500 * MS);
         }
         panic!("node {node} cannot be promoted\n{}", self.world.describe());
     }
 
-    fn come_back(&mut self, node: usize) {
-        self.world.restart(node);
+    fn heal_all(&mut self) {
+        for one in 0..self.nodes {
+            for other in one + 1..self.nodes {
+                self.world.heal(one, other);
+            }
+        }
+        for node in 0..self.nodes {
+            if !self.is_up(node) {
+                self.world.restart(node);
+            }
+            self.world.carry_out(node, Order::ResumeResync);
+        }
     }
 
-    /// Demotes the Primary and promotes the other, when both have everything.
+    /// Demotes the Primary and promotes another node, or the same one.
     fn hand_over(&mut self) {
-        let Some(node) = self.primary else {
+        let node = self.primary;
+        let Some(heir) = self.heir(node) else {
             return;
         };
-        if !self.has_everything_elsewhere(node) || self.world.is_cut(0, 1) {
+        if self.world.is_cut(node, heir) {
             return;
         }
         self.world.carry_out(node, Order::Demote);
         self.world.wait_for_io();
-        let next = if self.has_everything_elsewhere(node) && self.world.random.chance(70) {
-            1 - node
+        let next = if self.heir(node).is_some() && self.world.random.chance(70) {
+            heir
         } else {
             node
         };
-        self.promote(next);
-        self.primary = Some(next);
+        if next != node {
+            let promote = Order::Promote { force: false };
+            let has_all = |run: &Self| {
+                run.is_up(node)
+                    && run.is_up(next)
+                    && run.world.peer(node, next).conn == ConnState::Connected
+                    && run.world.peer(node, next).disk == DiskState::UpToDate
+            };
+            if has_all(self) && self.world.ordered(next, promote).is_ok() {
+                self.primary = next;
+                return;
+            }
+        }
+        self.promote(node);
+    }
+
+    /// A Secondary lets its disk go and takes it back.
+    fn attach_again(&mut self, node: usize) {
+        if node == self.primary || !self.is_up(node) {
+            return;
+        }
+        if self.world.ordered(node, Order::Detach).is_ok() {
+            let time_ns = self.world.random.below(20 * MS);
+            self.world.run_for(time_ns);
+            self.world.attach(node);
+        }
     }
 
     fn work(&mut self) {
-        let Some(node) = self.primary.filter(|&node| self.is_up(node)) else {
+        let node = self.primary;
+        if !self.is_up(node) {
             return;
-        };
+        }
         for _ in 0..self.world.random.below(6) {
             self.world.submit_random_write(node);
         }
@@ -209,26 +259,18 @@ impl Run {
     }
 
     fn end(mut self) {
-        self.world.heal(0, 1);
-        for node in 0..2 {
-            if !self.is_up(node) {
-                self.come_back(node);
-            }
-            self.world.carry_out(node, Order::ResumeResync);
-        }
+        self.heal_all();
         self.world.settle();
         self.world.wait_for_io();
         self.world.check_orders();
-        if let Some(node) = self.primary {
-            for lba in (0..128).step_by(8) {
-                self.world.read(node, lba, 8);
-            }
+        for lba in (0..128).step_by(8) {
+            self.world.read(self.primary, lba, 8);
         }
     }
 }
 
-fn run(seed: u64, steps: u64, power: bool) {
-    let mut run = Run::new(seed, power);
+fn run(seed: u64, nodes: usize, steps: u64, power: bool) {
+    let mut run = Run::new(seed, nodes, power);
     for _ in 0..steps {
         run.step();
     }
@@ -237,10 +279,27 @@ fn run(seed: u64, steps: u64, power: bool) {
 
 #[test]
 fn random_runs_lose_nothing() {
-    for_seeds(100, |seed| run(seed, 120, false));
+    for_seeds(100, |seed| run(seed, 2, 120, false));
 }
 
 #[test]
 fn random_runs_with_power_loss_lose_nothing_that_was_flushed() {
-    for_seeds(100, |seed| run(seed, 120, true));
+    for_seeds(100, |seed| run(seed, 2, 120, true));
+}
+
+#[test]
+fn random_runs_of_three_nodes_lose_nothing() {
+    for_seeds(30, |seed| run(seed, 3, 120, false));
+}
+
+#[test]
+fn random_runs_of_three_nodes_with_power_loss_lose_nothing_that_was_flushed() {
+    for_seeds(30, |seed| run(seed, 3, 120, true));
+}
+
+#[test]
+fn random_runs_of_four_and_five_nodes_lose_nothing() {
+    for_seeds(10, |seed| {
+        run(seed, 4 + (seed % 2) as usize, 100, seed % 4 < 2);
+    });
 }
