@@ -153,7 +153,9 @@ impl<H: Host> Manager<H> {
         for slot in 0..MAX_PEERS {
             let peer = &self.peers[slot];
             let view = &self.view.peers[slot];
-            let other_generation = self.has_third_nodes()
+            // Of two nodes, one that is behind and could not be helped may be helped by the new generation.
+            let is_behind = view.pdsk < DiskState::Consistent;
+            let other_generation = (self.has_third_nodes() || is_behind)
                 && peer.current_generation != self.superblock.generations.current;
             // Either may have removed the node that made them three.
             let differs = peer.may_differ || (view.has_latest() && !self.masters[slot].is_empty());

@@ -11,7 +11,7 @@ use crate::engine::MAX_PEERS;
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::handshake::{Decision, Outcome, Rule, decide};
+use crate::engine::peer::handshake::{Decision, Outcome, RefuseReason, Rule, decide};
 use crate::engine::peer::hello::{
     self, CREDITS_MIN, Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
 };
@@ -322,8 +322,13 @@ impl<H: Host> Manager<H> {
                 theirs: theirs.nonce,
                 decision,
             });
-            let may_pass = matches!(decision.outcome, Outcome::SplitBrain | Outcome::Refuse(_));
-            if let (Some(text), true) = (refusal(&decision), may_pass && self.has_third_nodes()) {
+            // A Primary without its disk may get that back.
+            let may_pass = match decision.outcome {
+                Outcome::Refuse(RefuseReason::NotWhatPrimarySaw) => true,
+                Outcome::SplitBrain | Outcome::Refuse(_) => self.has_third_nodes(),
+                _ => false,
+            };
+            if let (Some(text), true) = (refusal(&decision), may_pass) {
                 // A third node may be the one to mend it: of these two, one may have the other's data already, or may
                 // have been Primary a moment ago.
                 return self.lose_session_for(cx, slot, &text);

@@ -193,6 +193,8 @@ pub struct Node {
     pub incarnation: u64,
     /// The number of what came first after its last power loss.
     pub lost_power_at: u64,
+    /// Its cache went with that, and it has not been started since.
+    pub has_lost_cache: bool,
     pub running: bool,
     pub engine: Option<Engine>,
     pub opener: Option<Opener<Core>>,
@@ -227,6 +229,7 @@ impl Node {
             disk,
             incarnation: 0,
             lost_power_at: 0,
+            has_lost_cache: false,
             running: false,
             engine: None,
             opener: None,

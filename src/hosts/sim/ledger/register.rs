@@ -136,12 +136,15 @@ impl Register {
         if !self.is_explained(None) {
             return false;
         }
-        let is_of = |one: &Operation| one.kind == Kind::Write && one.content == content;
-        if self
-            .operations
-            .iter()
-            .any(|one| is_of(one) && one.end == PENDING)
-        {
+        // It has met the write of that, whose fate was not known then or never will be.
+        let start = self.operation(io).map_or(now, |read| read.start);
+        let has_met = |one: &Operation| {
+            one.kind == Kind::Write
+                && one.content == content
+                && !one.is_certain
+                && (one.end == PENDING || one.end > start)
+        };
+        if self.operations.iter().any(has_met) {
             self.operations.retain(|one| one.io != io);
         }
         self.settle();

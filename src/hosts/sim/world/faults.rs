@@ -105,13 +105,18 @@ impl World {
             // Where a Primary has it all, others may agree with each other on what this one has left, until they follow it.
             self.nothing_counts();
         }
+        self.nodes[node].has_lost_cache = self.config.volatile_caches;
+        self.lose_unflushed();
+    }
+
+    /// What was not flushed may be gone with a cache, unless the Primary has it all, whom everybody follows.
+    pub(super) fn lose_unflushed(&mut self) {
         let keeps_all = |other: usize| {
             let engine = self.nodes[other].engine.as_ref();
             engine.is_some_and(|engine| {
                 engine.manager.is_primary() && engine.manager.disk() == DiskState::UpToDate
             })
         };
-        // The Primary has it all, and whoever comes back follows it.
         if self.config.volatile_caches && !(0..self.nodes.len()).any(keeps_all) {
             self.ledger.power_lost();
             for app in self.apps.values_mut() {

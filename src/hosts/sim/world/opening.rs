@@ -94,6 +94,10 @@ impl World {
     /// Begins to open the device; what follows happens by itself.
     pub fn open(&mut self, node: usize, goal: Goal) {
         let size_bytes = self.nodes[node].disk.size_bytes();
+        if std::mem::take(&mut self.nodes[node].has_lost_cache) {
+            // Until now others may have read what only it had, and has no more.
+            self.lose_unflushed();
+        }
         self.nodes[node].running = true;
         self.nodes[node].disk_open = true;
         self.nodes[node].opener = Some(Opener::new(goal, OPENER, size_bytes));
