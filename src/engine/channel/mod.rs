@@ -210,6 +210,7 @@ impl<H: Host> Channel<H> {
             ToChannel::Adopt(view) => self.adopt(cx, view),
             ToChannel::Disk(start) => {
                 self.released = false;
+                self.requested.disk_failed = false;
                 self.log.start(self.id, *start);
             }
             ToChannel::Harvest(id) => {
@@ -297,9 +298,6 @@ impl<H: Host> Channel<H> {
             if lost & (1 << slot) != 0 {
                 self.notices[slot].queued.clear();
             }
-        }
-        if !disk_lost && self.view.disk_is_usable() {
-            self.requested.disk_failed = false;
         }
         cx.to_manager(ToManager::Adopted(self.id, self.view.version));
     }

@@ -281,6 +281,7 @@ impl<H: Host> Manager<H> {
 
     /// By force: this replica is the newest, whatever is elsewhere.
     pub(super) fn declare_up_to_date(&mut self, cx: &mut H) {
+        let was_partial = self.view.disk == DiskState::Inconsistent;
         self.view.disk = DiskState::UpToDate;
         for peer in self.superblock.peers.iter_mut().flatten() {
             peer.full_sync = false;
@@ -291,6 +292,8 @@ impl<H: Host> Manager<H> {
         let generations = &mut self.superblock.generations;
         if generations.current == JUST_CREATED {
             *generations = Generations::new(new);
+        } else if was_partial {
+            generations.declare_partial(new);
         } else {
             generations.bump(new, (1 << MAX_PEERS) - 1);
         }

@@ -67,6 +67,17 @@ impl Generations {
         self.become_current(new);
     }
 
+    /// The data here, a part of which is of the current generation and the rest older, is declared to be generation `new`.
+    /// It never reached the one that it was on the way to: whoever has that is not its past.
+    pub fn declare_partial(&mut self, new: u64) {
+        for bitmap in &mut self.bitmap {
+            if *bitmap == self.current {
+                *bitmap = NONE;
+            }
+        }
+        self.current = new;
+    }
+
     /// The current generation never took effect: this data is of `earlier`, one of its past.
     pub fn go_back(&mut self, earlier: u64) {
         self.current = earlier;
@@ -219,6 +230,17 @@ mod tests {
         assert_eq!(source.bitmap[0], 0x10);
         target.finish_sync_as_target(&source, 0);
         assert_eq!((target.current, past(&target)), (0x20, vec![0x10]));
+    }
+
+    #[test]
+    fn what_was_on_the_way_to_a_generation_does_not_have_it_as_its_past() {
+        let mut target = Generations::new(10);
+        target.start_sync_as_target(20);
+        target.bitmap[1] = 20;
+        target.declare_partial(30);
+        assert_eq!(target.current, 30);
+        assert!(target.history_contains(10) && !target.history_contains(20));
+        assert_eq!(target.bitmap[1], NONE);
     }
 
     proptest! {

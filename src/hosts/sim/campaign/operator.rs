@@ -92,6 +92,15 @@ fn agree(world: &World) -> bool {
     (0..nodes).all(|node| is_up(world, node) && holders(world, node) == all)
 }
 
+/// Who has everything when this node may have begun to be Primary: it alone, or, when it did so without a disk, the others.
+fn has_begun(node: usize, on_disk: Nodes, holders: Nodes) -> Nodes {
+    match (on_disk, holders & !(1 << node)) {
+        (0, 0) => holders,
+        (0, others) => others,
+        (alone, _) => alone,
+    }
+}
+
 impl Lead {
     /// The node that the application uses now.
     pub fn active(&self) -> Option<usize> {
@@ -113,10 +122,7 @@ impl Lead {
             } => {
                 if world.nodes[node].incarnation != incarnation {
                     // It may have begun to be Primary on its disk, and nobody else has heard of that.
-                    let holders = match on_disk {
-                        0 => holders,
-                        alone => alone,
-                    };
+                    let holders = has_begun(node, on_disk, holders);
                     *self = Lead::Nobody { holders };
                     return;
                 }
@@ -124,8 +130,11 @@ impl Lead {
                     Some(Ok(())) => *self = Lead::Active { node },
                     Some(Err(error)) => {
                         // As when it died: it may have begun.
-                        let has_begun = error.text.contains("lost meanwhile") && on_disk != 0;
-                        let holders = if has_begun { on_disk } else { holders };
+                        let holders = if error.text.contains("lost meanwhile") {
+                            has_begun(node, on_disk, holders)
+                        } else {
+                            holders
+                        };
                         *self = Lead::Nobody { holders };
                     }
                     None => {}

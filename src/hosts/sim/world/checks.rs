@@ -3,7 +3,7 @@
 
 use super::World;
 use crate::engine::message::{OrderId, OrderOutcome};
-use crate::engine::peer::state::ConnState;
+use crate::engine::peer::state::{ConnState, DiskState};
 use crate::hosts::sim::coverage::{Kind, Seen};
 
 impl World {
@@ -54,7 +54,15 @@ impl World {
         let now = &self.seen[node];
         let was_resyncing = |conn: ConnState| conn.is_sync_source() || conn.is_sync_target();
         for slot in 0..now.conns.len() {
-            if was_resyncing(before.conns[slot]) && now.conns[slot] == ConnState::Connected {
+            // Bits of a source that has lost its disk meanwhile are of what it lacks since.
+            let keeps_disks = (0..self.nodes.len()).all(|node| {
+                let engine = self.nodes[node].engine.as_ref();
+                engine.is_some_and(|engine| engine.manager.disk() > DiskState::Failed)
+            });
+            let has_ended = was_resyncing(before.conns[slot])
+                && now.conns[slot] == ConnState::Connected
+                && keeps_disks;
+            if has_ended {
                 let peers = self.state(node).peers;
                 let left = peers.iter().find(|peer| peer.slot == slot);
                 let left_bytes = left.map_or(0, |peer| peer.out_of_sync_bytes);

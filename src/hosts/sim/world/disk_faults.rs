@@ -199,17 +199,23 @@ impl World {
         true
     }
 
-    /// No transaction of the ring is younger than the one in this block.
+    /// No transaction of the ring is younger than the one in this block; or none is that a power loss would leave there.
     fn is_newest(&self, node: usize, layout: &Layout, slot: u16, index: u32) -> bool {
         let id = RingId::new(&volume_uuid_of_name(VOLUME), slot);
-        let numbers = (0..layout.al_ring_blocks()).map(|index| {
-            let offset = layout.al_block_offset(slot, index);
-            let bytes = self.nodes[node].disk.read(offset..offset + BLOCK);
-            let found = parse(&bytes, id, layout.al_extent_count());
+        let disk = &self.nodes[node].disk;
+        let number = |bytes: &[u8]| {
+            let found = parse(bytes, id, layout.al_extent_count());
             found.map_or(0, |transaction| transaction.number)
-        });
-        let numbers: Vec<u64> = numbers.collect();
-        numbers[index as usize] >= numbers.iter().copied().max().unwrap_or(0)
+        };
+        let is_newest_of = |read: &dyn Fn(std::ops::Range<u64>) -> Vec<u8>| {
+            let numbers: Vec<u64> = (0..layout.al_ring_blocks())
+                .map(|index| layout.al_block_offset(slot, index))
+                .map(|offset| number(&read(offset..offset + BLOCK)))
+                .collect();
+            numbers[index as usize] >= numbers.iter().copied().max().unwrap_or(0)
+        };
+        is_newest_of(&|bytes| disk.read(bytes))
+            || is_newest_of(&|bytes| disk.durable_content(bytes).bytes().to_vec())
     }
 }
 

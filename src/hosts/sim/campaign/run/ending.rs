@@ -63,8 +63,12 @@ impl Run {
         }
         if self.reckless {
             self.reconcile();
-        } else if let Lead::Nobody { .. } = self.lead {
-            self.have_a_primary();
+        } else {
+            if let Lead::Nobody { .. } = self.lead {
+                self.have_a_primary();
+            }
+            self.have_a_replica();
+            self.connect_again();
         }
         self.world.settle();
         self.world.wait_for_io();
@@ -123,11 +127,46 @@ impl Run {
             for node in 0..nodes {
                 self.lead.promote(&mut self.world, node, false);
             }
-            // One may be UpToDate that is not known to have all, while whoever had it was invalidated.
+            let has_newest = |node: usize| self.world.state(node).disk == DiskState::UpToDate;
             if self.world.now_ns >= force_ns {
+                // One may be UpToDate that is not known to have all, while whoever had it was invalidated.
+                self.world.checks_content &= !(0..nodes).any(has_newest);
                 self.lead.promote_best(&mut self.world);
             }
             self.advance(self.world.now_ns + 50 * MS);
+        }
+    }
+
+    /// A message of a device that was there before may have ended a connection: the operator tries it once more.
+    fn connect_again(&mut self) {
+        let end_ns = self.world.now_ns + REPORT_NS;
+        while !self.world.is_settled() {
+            if self.world.now_ns >= end_ns {
+                for node in 0..self.world.nodes.len() {
+                    self.connect(node, None, false);
+                }
+                return;
+            }
+            self.advance(self.world.now_ns + 50 * MS);
+        }
+    }
+
+    /// If the last replica was invalidated, while the Primary let its disk go, the operator declares the best one the newest.
+    fn have_a_replica(&mut self) {
+        let is_whole = |run: &Run, node: usize| run.world.state(node).disk == DiskState::UpToDate;
+        let end_ns = self.world.now_ns + 30 * SECOND;
+        while !(0..self.world.nodes.len()).any(|node| is_whole(self, node)) {
+            if self.world.now_ns < end_ns {
+                self.advance(self.world.now_ns + 50 * MS);
+                continue;
+            }
+            if let Some(node) = self.lead.active() {
+                self.world.ordered(node, Order::Demote).ok();
+            }
+            self.declare_the_newest();
+            self.lead = Lead::Nobody { holders: 0 };
+            self.world.checks_content = false;
+            return;
         }
     }
 
