@@ -269,10 +269,8 @@ impl<H: Host> Manager<H> {
             return;
         };
         order.work = Work::Committing;
-        if force
-            && self.view.disk != DiskState::UpToDate
-            && self.view.disk >= DiskState::Inconsistent
-        {
+        // Where a peer has the latest data there is no need to give it up.
+        if force && !self.view.has_data() && self.view.disk >= DiskState::Inconsistent {
             self.declare_up_to_date(cx);
         }
         self.superblock.flags.primary = !mutation::is(Mutation::PrimaryUnrecorded);

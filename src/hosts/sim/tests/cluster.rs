@@ -81,6 +81,35 @@ fn data_that_is_there_goes_to_a_new_peer() {
 }
 
 #[test]
+fn a_third_node_is_added_to_two_that_go_on() {
+    for (seed, content) in [(0, Content::Nothing), (1, Content::AssumeClean)] {
+        let config = Config {
+            nodes: 3,
+            volume_bytes: 8 << 20,
+            ..Config::default()
+        };
+        let mut world = World::new(seed, config);
+        for node in 0..2 {
+            world.create(node, Content::AssumeClean);
+        }
+        world.introduce(0, 1);
+        world.introduce(1, 0);
+        world.promote(0);
+        world.write(0, 40, 8);
+        world.create(2, content);
+        for (node, peer) in [(0, 2), (1, 2), (2, 0), (2, 1)] {
+            world.introduce(node, peer);
+            world.write(0, 80, 8);
+        }
+        world.settle();
+        world.check_replicas();
+        world.carry_out(0, Order::Demote);
+        world.promote(2);
+        world.read(2, 40, 8);
+    }
+}
+
+#[test]
 fn a_second_primary_is_refused() {
     let mut world = World::clean_cluster(1, Config::default());
     world.promote(0);
