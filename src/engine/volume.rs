@@ -2,7 +2,7 @@
 //! opened; knows neither channels nor the manager.
 
 use std::ops::{Range, RangeInclusive};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::engine::MAX_PEERS;
 use crate::engine::atomic_bits::AtomicBits;
@@ -139,6 +139,8 @@ pub struct Shared {
     pub duplicates: [DuplicateWindow; MAX_PEERS],
     /// Per peer: its resync reads in flight and served.
     pub resync_reads: [DuplicateWindow; MAX_PEERS],
+    /// Some core has seen the disk fail: what is there is not to be read any more, by no core.
+    disk_failed: AtomicBool,
     sequence: AtomicU64,
     control_sequences: [AtomicU64; MAX_PEERS],
 }
@@ -161,9 +163,19 @@ impl Shared {
             served: std::array::from_fn(|_| AtomicBits::new(granules)),
             duplicates: std::array::from_fn(|_| DuplicateWindow::new(commands)),
             resync_reads: std::array::from_fn(|_| DuplicateWindow::new(RESYNC_READS)),
+            disk_failed: AtomicBool::new(false),
             sequence: AtomicU64::new(0),
             control_sequences: std::array::from_fn(|_| AtomicU64::new(0)),
         }
+    }
+
+    /// The disk is not to be read, whether or not the manager has heard of it.
+    pub fn has_disk_failed(&self) -> bool {
+        self.disk_failed.load(Ordering::Acquire)
+    }
+
+    pub fn set_disk_failed(&self, failed: bool) {
+        self.disk_failed.store(failed, Ordering::Release);
     }
 
     /// The sequence of this node's last write.

@@ -132,7 +132,7 @@ impl<H: Host> Channel<H> {
                 && self.view.read_source(0).is_some());
         let stale = self.shared.stale.any(bits) && !mutation::is(Mutation::ReadStale);
         // What a write that failed has left there is not to be seen either: it may go with the disk.
-        let failed_here = request.tried & LOCAL_MASK != 0 || self.requested.disk_failed;
+        let failed_here = request.tried & LOCAL_MASK != 0 || self.shared.has_disk_failed();
         if attached && current && !failed_here && !stale {
             request.unsent = LOCAL_MASK;
         } else if let (Origin::Application(_), Some(slot)) =

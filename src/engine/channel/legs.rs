@@ -191,6 +191,7 @@ impl<H: Host> Channel<H> {
     }
 
     fn local_leg_failed(&mut self, cx: &mut H, index: u16) {
+        self.shared.set_disk_failed(true);
         if !std::mem::replace(&mut self.requested.disk_failed, true) {
             cx.to_manager(ToManager::DiskFailed);
         }

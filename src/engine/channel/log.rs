@@ -194,8 +194,11 @@ impl<H: Host> Channel<H> {
             if let (Some(open), Some(number)) = (&mut self.log.open, number) {
                 open.log.transaction_done(number);
             }
-        } else if !std::mem::replace(&mut self.requested.disk_failed, true) {
-            cx.to_manager(ToManager::DiskFailed);
+        } else {
+            self.shared.set_disk_failed(true);
+            if !std::mem::replace(&mut self.requested.disk_failed, true) {
+                cx.to_manager(ToManager::DiskFailed);
+            }
         }
         self.retry_waiting(cx);
     }

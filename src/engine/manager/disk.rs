@@ -91,6 +91,7 @@ impl<H: Host> Manager<H> {
         }
         self.log_sequences = opened.log_numbers;
         self.metadata.start();
+        self.shared.set_disk_failed(false);
         self.view.own_disk_may_miss = false;
         if std::mem::take(&mut self.disk_is_behind)
             && self.view.role == Role::Secondary
@@ -253,6 +254,7 @@ impl<H: Host> Manager<H> {
             return;
         }
         self.view.disk = DiskState::Failed;
+        self.shared.set_disk_failed(true);
         self.disable_metadata();
         if let Some(slot) = self.source() {
             self.lose_session(cx, slot, "the disk failed");

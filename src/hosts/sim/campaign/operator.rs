@@ -31,6 +31,8 @@ pub enum Lead {
         node: usize,
         order: OrderId,
         next: usize,
+        /// As it was known before.
+        holders: Nodes,
     },
 }
 
@@ -140,10 +142,16 @@ impl Lead {
                     None => {}
                 }
             }
-            Lead::Demoting { node, order, next } => match world.outcome(node, order) {
+            Lead::Demoting {
+                node,
+                order,
+                next,
+                holders: before,
+            } => match world.outcome(node, order) {
                 Some(Ok(())) => {
+                    // Whoever has come since may lack what was written without it.
                     *self = Lead::Nobody {
-                        holders: holders(world, node),
+                        holders: holders(world, node) & before,
                     };
                     self.promote(world, next, false);
                 }
@@ -226,8 +234,14 @@ impl Lead {
     /// Ends the application's use of its node, to go to another.
     pub fn demote(&mut self, world: &mut World, next: usize) {
         if let Lead::Active { node } = *self {
+            let before = holders(world, node);
             let order = world.order(node, Order::Demote);
-            *self = Lead::Demoting { node, order, next };
+            *self = Lead::Demoting {
+                node,
+                order,
+                next,
+                holders: before,
+            };
         }
     }
 }

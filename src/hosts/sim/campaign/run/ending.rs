@@ -130,7 +130,9 @@ impl Run {
             let has_newest = |node: usize| self.world.state(node).disk == DiskState::UpToDate;
             if self.world.now_ns >= force_ns {
                 // One may be UpToDate that is not known to have all, while whoever had it was invalidated.
-                self.world.checks_content &= !(0..nodes).any(has_newest);
+                let is_whole = |node: usize| self.world.state(node).disk > DiskState::Inconsistent;
+                let is_given_up = (0..nodes).any(has_newest) || !(0..nodes).any(is_whole);
+                self.world.checks_content &= !is_given_up;
                 self.lead.promote_best(&mut self.world);
             }
             self.advance(self.world.now_ns + 50 * MS);
