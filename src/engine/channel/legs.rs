@@ -191,11 +191,16 @@ impl<H: Host> Channel<H> {
     }
 
     fn local_leg_failed(&mut self, cx: &mut H, index: u16) {
+        self.report_disk_failed(cx);
+        self.without_disk(index);
+    }
+
+    /// No core reads the disk from here on, and the manager lets it go.
+    pub(super) fn report_disk_failed(&mut self, cx: &mut H) {
         self.shared.set_disk_failed(true);
         if !std::mem::replace(&mut self.requested.disk_failed, true) {
             cx.to_manager(ToManager::DiskFailed);
         }
-        self.without_disk(index);
     }
 
     /// What the local disk does not have, the peers must know of.

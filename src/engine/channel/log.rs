@@ -195,10 +195,7 @@ impl<H: Host> Channel<H> {
                 open.log.transaction_done(number);
             }
         } else {
-            self.shared.set_disk_failed(true);
-            if !std::mem::replace(&mut self.requested.disk_failed, true) {
-                cx.to_manager(ToManager::DiskFailed);
-            }
+            self.report_disk_failed(cx);
         }
         self.retry_waiting(cx);
     }

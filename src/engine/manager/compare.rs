@@ -103,17 +103,23 @@ impl<H: Host> Manager<H> {
     pub(super) fn is_target(&self, except: Option<PeerSlot>) -> bool {
         (0..MAX_PEERS)
             .filter(|&slot| Some(slot) != except)
-            .any(|slot| {
-                let conn = self.view.peers[slot].conn;
-                conn.is_sync_target() || conn == ConnState::WFBitMapT
-            })
+            .any(|slot| self.fetches_from(slot))
+    }
+
+    /// This node fetches from this peer, or is about to.
+    pub(super) fn fetches_from(&self, slot: PeerSlot) -> bool {
+        let conn = self.view.peers[slot].conn;
+        conn.is_sync_target() || conn == ConnState::WFBitMapT
+    }
+
+    /// The peer that this node fetches from, or is about to.
+    pub(super) fn source(&self) -> Option<PeerSlot> {
+        (0..MAX_PEERS).find(|&slot| self.fetches_from(slot))
     }
 
     fn is_resyncing(&self, slot: PeerSlot) -> bool {
         let conn = self.view.peers[slot].conn;
-        conn.is_sync_target()
-            || conn.is_sync_source()
-            || matches!(conn, ConnState::WFBitMapS | ConnState::WFBitMapT)
+        self.fetches_from(slot) || conn.is_sync_source() || conn == ConnState::WFBitMapS
     }
 
     /// Ends resyncs with everybody but the peer of `slot`, before a write of a Primary arrives, or another resync

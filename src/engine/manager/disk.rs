@@ -10,7 +10,7 @@ use crate::engine::meta::generation::{JUST_CREATED, NONE};
 use crate::engine::meta::superblock::{self, PersistedDisk};
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::open::Opened;
-use crate::engine::peer::state::{ConnState, DiskState, Role};
+use crate::engine::peer::state::{DiskState, Role};
 use crate::engine::volume::EXTENT_BYTES;
 use crate::host::{Host, PeerSlot};
 
@@ -121,8 +121,7 @@ impl<H: Host> Manager<H> {
             if node_id.is_some() {
                 self.masters[slot].set_all();
             }
-            self.superblock.flags.assume_clean = false;
-            self.superblock.flags.parted = true;
+            self.generation_may_be_shared();
         }
     }
 
@@ -262,14 +261,6 @@ impl<H: Host> Manager<H> {
         self.tell_all();
         self.hello_changed(cx);
         self.adopt(cx, Then::Disk(DiskStep::FailedAdopted));
-    }
-
-    /// The peer that this node fetches from, or is about to.
-    pub(super) fn source(&self) -> Option<PeerSlot> {
-        (0..MAX_PEERS).find(|&slot| {
-            let conn = self.view.peers[slot].conn;
-            conn.is_sync_target() || conn == ConnState::WFBitMapT
-        })
     }
 
     fn failed_noticed(&mut self, cx: &mut H) {

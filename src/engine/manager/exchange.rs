@@ -119,8 +119,7 @@ impl<H: Host> Manager<H> {
 
     /// Bits that this node did not know of: what is being pulled for them has to be pulled again.
     fn bits_arrived(&mut self, slot: PeerSlot) {
-        let conn = self.view.peers[slot].conn;
-        if conn.is_sync_target() || conn == ConnState::WFBitMapT {
+        if self.fetches_from(slot) {
             self.mark_stale(slot);
             self.puller_invalidate(slot);
             self.spread_bits(slot);

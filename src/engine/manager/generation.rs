@@ -241,6 +241,12 @@ impl<H: Host> Manager<H> {
         flags.parted || flags.assume_clean
     }
 
+    /// A node has ceased to be a peer, or another has got its slot: the former may have the current generation.
+    pub(super) fn generation_may_be_shared(&mut self) {
+        self.superblock.flags.assume_clean = false;
+        self.superblock.flags.parted = true;
+    }
+
     /// The data is of another generation than it was: what was known of who else has it does not hold any more.
     pub(super) fn generation_changed(&mut self) {
         self.superblock.flags.assume_clean = false;

@@ -274,8 +274,7 @@ impl<H: Host> Manager<H> {
         }
         self.name_peer(slot, None);
         // From here on nothing remembers what it lacks, or has.
-        self.superblock.flags.assume_clean = false;
-        self.superblock.flags.parted = true;
+        self.generation_may_be_shared();
         self.peers[slot].node_id = None;
         self.peers[slot].address = None;
         self.view.peers[slot] = crate::engine::view::PeerView::NONE;

@@ -212,8 +212,10 @@ impl<H: Host> Manager<H> {
     /// its Prepare, which a transport may send again.
     pub(super) fn abort_prepared(&mut self, id: OrderId) {
         let order = self.orders.iter().find(|order| order.id == id);
-        let Some(&Work::Promoting { waiting, .. }) = order.map(|order| &order.work) else {
-            return;
+        let waiting = match order.map(|order| &order.work) {
+            Some(&Work::Promoting { waiting, .. }) => waiting,
+            Some(Work::Committing) => 0,
+            _ => return,
         };
         for slot in 0..MAX_PEERS {
             if self.peers[slot].established && waiting & (1 << slot) == 0 {
@@ -253,11 +255,7 @@ impl<H: Host> Manager<H> {
     pub(super) fn take_back_promotion(&mut self, cx: &mut H, id: OrderId, why: &str) {
         self.superblock.flags.primary = false;
         self.commit_superblock(cx, Then::Nothing);
-        for slot in 0..MAX_PEERS {
-            if self.peers[slot].established {
-                self.send_abort(slot, id);
-            }
-        }
+        self.abort_prepared(id);
         self.order_ended(cx, id, busy(why));
     }
 
