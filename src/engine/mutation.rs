@@ -49,6 +49,8 @@ mutations! {
     RingLost: "I1",
     /// Attach does not look at the bitmaps on disk.
     PagesForgotten: "I1",
+    /// Bits that a failing disk did not take are not written again when it is attached.
+    BitsNotWrittenAgain: "I1",
     /// An extent leaves the activity log before its bits are on disk.
     RetireWithoutPages: "I1",
     /// An extent leaves the activity log before the device is flushed.

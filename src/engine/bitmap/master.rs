@@ -312,6 +312,15 @@ impl Master {
         }
     }
 
+    /// Every page that has bits set has to be written: who was given it may not have it.
+    pub fn mark_set_dirty(&mut self) {
+        for index in 0..self.page_count() {
+            if self.set_in_page[index as usize] > 0 {
+                self.mark_dirty(index);
+            }
+        }
+    }
+
     /// Every page has to be written: the slot on disk is new, or holds something else.
     pub fn mark_all_dirty(&mut self) {
         for index in 0..self.page_count() {
@@ -418,6 +427,9 @@ mod tests {
         master.mark_all_dirty();
         assert_eq!(master.dirty_pages(), 3);
         master.mark_clean(1);
+        assert_eq!(master.take_dirty_pages(10), [0, 2]);
+        assert_eq!(master.dirty_pages(), 0);
+        master.mark_set_dirty();
         assert_eq!(master.take_dirty_pages(10), [0, 2]);
     }
 

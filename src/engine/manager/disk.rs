@@ -89,6 +89,12 @@ impl<H: Host> Manager<H> {
                 }
             }
         }
+        if !mutation::is(Mutation::BitsNotWrittenAgain) {
+            // Pages that were on their way to a disk when it failed, or was let go, count as written.
+            for master in &mut self.masters {
+                master.mark_set_dirty();
+            }
+        }
         self.log_sequences = opened.log_numbers;
         self.metadata.start();
         self.shared.set_disk_failed(false);
