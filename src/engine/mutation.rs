@@ -67,6 +67,8 @@ mutations! {
     DisklessWithoutBit: "I1",
     /// A write completes without a generation that says which peer missed it.
     CompleteWithoutGeneration: "I2",
+    /// A flush completes without a generation that says which peer may have lost its cache.
+    FlushWithoutGeneration: "I2",
     /// A write completes as soon as the new generation is made, on no disk yet.
     GenerationBeforeDurable: "I2",
     /// The range lock is granted to everybody.

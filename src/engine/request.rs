@@ -91,7 +91,7 @@ pub struct Request<H: Host> {
     pub done: u8,
     /// Legs that had the latest data when the request started: one of them has to succeed.
     pub latest: u8,
-    /// Peers whose bit was set for this request.
+    /// Peers that do not get this request: if it writes, their bits are set.
     pub missed: u8,
     /// The local disk failed it.
     pub local_failed: bool,

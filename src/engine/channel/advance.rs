@@ -164,8 +164,15 @@ impl<H: Host> Channel<H> {
         if self.view.disk == DiskState::UpToDate {
             request.latest |= LOCAL_MASK;
         }
-        for (slot, peer) in self.view.peers.iter().enumerate() {
-            if peer.is_remote() && !mutation::is(Mutation::FlushWithoutPeers) {
+        if mutation::is(Mutation::FlushWithoutPeers) {
+            return self.enter(index, Stage::Send);
+        }
+        for slot in 0..MAX_PEERS {
+            let peer = self.view.peers[slot];
+            if !peer.is_remote() {
+                // What this flush covers it may have had in its cache only.
+                self.miss(index, slot);
+            } else if let Some(request) = self.requests.get_mut(index) {
                 request.assign_peer(slot, peer.send_session);
                 if peer.has_latest() {
                     request.latest |= 1 << slot;
@@ -345,15 +352,22 @@ impl<H: Host> Channel<H> {
         }
     }
 
-    /// Sets this request's bits for a peer that does not get it.
+    /// A peer does not get this request: sets its bits, if there are any.
     pub(super) fn miss(&mut self, index: u16, slot: usize) {
         let Some(request) = self.requests.get_mut(index) else {
             return;
         };
-        if !request.kind.writes() || request.missed & (1 << slot) != 0 {
+        let binds = match request.kind {
+            RequestKind::Flush => !mutation::is(Mutation::FlushWithoutGeneration),
+            kind => kind.writes(),
+        };
+        if !binds || request.missed & (1 << slot) != 0 {
             return;
         }
         request.missed |= 1 << slot;
+        if !request.kind.writes() {
+            return;
+        }
         let geometry = &self.shared.geometry;
         self.shards[slot].set_range(geometry.bits_of(request.lba, request.blocks));
         // What the peer was given for its resync before is no longer the newest.
@@ -405,7 +419,7 @@ impl<H: Host> Channel<H> {
         }
     }
 
-    /// A write that a peer missed completes only when a durable generation says so.
+    /// A write or a flush that a peer missed completes only when a durable generation says so.
     fn settle(&mut self, cx: &mut H, index: u16) -> Step {
         let Some(request) = self.requests.get(index) else {
             return Step::Leave;
