@@ -471,6 +471,11 @@ impl<H: Host> Manager<H> {
             return Some(busy(
                 "no connected peer is UpToDate, so there is nothing to fetch the data from",
             ));
+        if self.metadata.enabled && !self.view.disk_is_usable() {
+            // What it says it is would be taken for the end of that.
+            let text = format!("the disk is {}; try again", self.view.disk);
+            return Some(busy(text));
+        }
         }
         // Whoever it is fetched from in the end.
         for peer in self.superblock.peers.iter_mut().flatten() {
