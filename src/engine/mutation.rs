@@ -33,6 +33,8 @@ impl Mutation {
         match self {
             // With two, no bit is set beside a resync unless the session ends with it.
             Mutation::ClearUnserved => 3,
+            // With two there is nobody else who lacks what is fetched.
+            Mutation::SpreadNotDurable => 3,
             _ => 2,
         }
     }
@@ -51,6 +53,8 @@ mutations! {
     PagesForgotten: "I1",
     /// Bits that a failing disk did not take are not written again when it is attached.
     BitsNotWrittenAgain: "I1",
+    /// A target fetches before its bits for other nodes are on disk.
+    SpreadNotDurable: "I1",
     /// An extent leaves the activity log before its bits are on disk.
     RetireWithoutPages: "I1",
     /// An extent leaves the activity log before the device is flushed.

@@ -122,7 +122,10 @@ impl<H: Host> Manager<H> {
         if self.fetches_from(slot) {
             self.mark_stale(slot);
             self.puller_invalidate(slot);
-            self.spread_bits(slot);
+            if self.has_third_nodes() {
+                self.spread_bits(slot);
+                self.bits_spread();
+            }
         }
     }
 
@@ -229,6 +232,7 @@ impl<H: Host> Manager<H> {
             peer.full_sync = false;
         }
         self.spread_bits(slot);
+        self.bits_are_spread();
         let epoch = self.peers[slot].epoch;
         self.commit_pages(cx, Then::Nothing);
         self.commit_superblock(

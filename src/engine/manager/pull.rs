@@ -46,6 +46,17 @@ enum Sweep {
     Again,
 }
 
+/// Where other nodes' bits for what is to be fetched are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Spread {
+    Durable,
+    InMemory,
+    /// On their way to the disk, with or without those that have come since.
+    Writing {
+        more: bool,
+    },
+}
+
 struct Unit {
     bits: Blocks<u64>,
     pieces_left: u32,
@@ -99,6 +110,8 @@ pub(super) struct Puller<H: Host> {
     /// tell what it serves then from what they mean.
     reports_unanswered: u32,
     finishing: bool,
+    /// What has come to be fetched has bits for other nodes that are not durable.
+    spread: Spread,
     /// Bytes that the rate has allowed so far, since when.
     rate_since_ns: u64,
     rate_used_bytes: u64,
@@ -119,6 +132,7 @@ impl<H: Host> Puller<H> {
             flush_in_flight: false,
             reports_unanswered: 0,
             finishing: false,
+            spread: Spread::Durable,
             rate_since_ns: 0,
             rate_used_bytes: 0,
             fetched_bytes: 0,
@@ -213,6 +227,38 @@ impl<H: Host> Manager<H> {
         }
     }
 
+    /// All that is to be fetched from here on is spread durably, or will be by what is being written.
+    pub(super) fn bits_are_spread(&mut self) {
+        self.puller.spread = Spread::Durable;
+    }
+
+    /// Other nodes have got bits for what is to be fetched. Nothing is until they are durable: after a crash it would be
+    /// here, and nobody would know that it is not there.
+    pub(super) fn bits_spread(&mut self) {
+        if mutation::is(Mutation::SpreadNotDurable) {
+            return;
+        }
+        self.puller.spread = match self.puller.spread {
+            Spread::Writing { .. } => Spread::Writing { more: true },
+            _ => Spread::InMemory,
+        };
+    }
+
+    fn write_spread(&mut self, cx: &mut H, slot: PeerSlot) {
+        if self.puller.spread == Spread::InMemory {
+            self.puller.spread = Spread::Writing { more: false };
+            let epoch = self.peers[slot].epoch;
+            self.commit_pages(cx, Then::Session(slot, epoch, SessionStep::SpreadDurable));
+        }
+    }
+
+    pub(super) fn spread_durable(&mut self) {
+        self.puller.spread = match self.puller.spread {
+            Spread::Writing { more: true } => Spread::InMemory,
+            _ => Spread::Durable,
+        };
+    }
+
     pub(super) fn poll_pull(&mut self, cx: &mut H) {
         for index in 0..self.puller.pieces.len() {
             self.advance_piece(cx, index);
@@ -220,6 +266,7 @@ impl<H: Host> Manager<H> {
         let Some(slot) = self.puller.slot else {
             return;
         };
+        self.write_spread(cx, slot);
         while self.puller.slot.is_some() && self.may_cut_piece(slot) && self.rate_allows(cx) {
             let Some(free) = self.puller.pieces.iter().position(Option::is_none) else {
                 break;
@@ -244,7 +291,9 @@ impl<H: Host> Manager<H> {
             Stage::Write(_, unsent) => (!unsent.is_empty()).then_some(0),
         };
         if let Some(slot) = self.puller.slot
-            && (self.may_cut_piece(slot) || self.sweep(slot).is_some())
+            && (self.may_cut_piece(slot)
+                || self.sweep(slot).is_some()
+                || self.puller.spread == Spread::InMemory)
         {
             return Some(0);
         }
@@ -260,6 +309,7 @@ impl<H: Host> Manager<H> {
     fn may_cut_piece(&self, slot: PeerSlot) -> bool {
         let puller = &self.puller;
         !puller.paused
+            && puller.spread == Spread::Durable
             && puller.pieces.iter().any(Option::is_none)
             && (puller.cutting.is_some()
                 || (puller.written.len() + puller.flushing.len() < 2 * UNITS_PER_FLUSH

@@ -300,6 +300,7 @@ impl<H: Host> Manager<H> {
             SessionStep::ExchangeHarvested => self.begin_bitmap(cx, slot),
             SessionStep::TargetDurable(reply) => self.target_durable(cx, slot, reply),
             SessionStep::TargetEntered(reply) => self.target_entered(cx, slot, reply),
+            SessionStep::SpreadDurable => self.spread_durable(),
             SessionStep::SourceDurable => self.source_durable(cx, slot),
             SessionStep::SourceEntered => self.source_entered(cx, slot),
             SessionStep::SourceNoticed => self.source_noticed(cx, slot),

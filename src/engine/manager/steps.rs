@@ -46,6 +46,8 @@ pub(super) enum SessionStep {
     TargetDurable(usize),
     /// As target: every channel is SyncTarget; the reply to SyncStart.
     TargetEntered(usize),
+    /// As target: other nodes' bits for what has come to be fetched are durable.
+    SpreadDurable,
     /// As source: the target's bitmap generation is durable.
     SourceDurable,
     /// As source: every channel mirrors writes.
