@@ -73,6 +73,8 @@ mutations! {
     CompleteWithoutGeneration: "I2",
     /// A flush completes without a generation that says which peer may have lost its cache.
     FlushWithoutGeneration: "I2",
+    /// A volume that is shut down takes leave of its peers while its application's writes still end.
+    GoodbyeBeforeClosing: "I2",
     /// A write completes as soon as the new generation is made, on no disk yet.
     GenerationBeforeDurable: "I2",
     /// The range lock is granted to everybody.

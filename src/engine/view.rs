@@ -109,7 +109,7 @@ pub struct View {
     pub disk: DiskState,
     /// Application I/O is held.
     pub suspended: bool,
-    /// The volume goes away: application I/O is failed.
+    /// The volume goes away: new application I/O is failed.
     pub closing: bool,
     /// The peers record what this node's own disk lacks: a write may complete without it.
     pub own_disk_may_miss: bool,
@@ -132,6 +132,11 @@ impl View {
     /// The backing device takes I/O.
     pub fn disk_is_usable(&self) -> bool {
         self.disk >= DiskState::Inconsistent && self.disk != DiskState::DUnknown
+    }
+
+    /// The volume is gone for its application: what has not ended fails.
+    pub fn fails_io(&self) -> bool {
+        self.closing && self.role != Role::Primary
     }
 
     /// Application I/O may start now; else it is held.

@@ -427,7 +427,7 @@ impl<H: Host> Channel<H> {
         if request.kind == RequestKind::Read {
             return self.end(cx, index, AppStatus::Ok);
         }
-        if request.done & request.latest == 0 || self.view.closing {
+        if request.done & request.latest == 0 || self.view.fails_io() {
             return self.end(cx, index, AppStatus::Failed);
         }
         if request.local_failed

@@ -260,7 +260,7 @@ impl<H: Host> Channel<H> {
                 self.view.closing || self.view.role != Role::Primary || self.view.permits_io()
             }
             Stage::Log => !self.view.disk_is_usable(),
-            Stage::Settle => request.local_failed || self.view.closing,
+            Stage::Settle => request.local_failed || self.view.fails_io(),
             Stage::Lock | Stage::Send | Stage::Flight => true,
         }
     }

@@ -60,7 +60,9 @@ impl<H: Host> Manager<H> {
                     Some(0)
                 }
             }
-            Work::Promoting { .. } | Work::Demoted { .. } => Some(order.deadline_ns),
+            Work::Promoting { .. } | Work::Demoted { .. } | Work::Closing => {
+                Some(order.deadline_ns)
+            }
             Work::Committing if self.generation.waits_for_peers() => Some(order.deadline_ns),
             Work::Attach | Work::Committing | Work::Demoting | Work::Leaving | Work::Running => {
                 None

@@ -9,6 +9,7 @@
 //! each other, each once, which `known` sees to; `compare` is for three nodes and more; `orders` are the operator's, of which `promote` has to be
 //! agreed and `demote` taken in; `report` is what they see; `due` is when it wants to be polled.
 
+mod close;
 mod compare;
 mod demote;
 mod disk;

@@ -60,6 +60,8 @@ pub(super) enum Work {
         force: bool,
         waiting: u8,
     },
+    /// The volume takes no more application I/O; what is under way ends before the peers are told.
+    Closing,
     /// Goodbye has been said to the peers in the mask; then this.
     Parting {
         peers: u8,
@@ -83,6 +85,7 @@ pub(super) enum Work {
 pub(super) enum After {
     Done,
     Remove(PeerSlot),
+    /// The volume is shut down.
     Detach,
 }
 
@@ -315,7 +318,13 @@ impl<H: Host> Manager<H> {
     }
 
     /// Says Goodbye to these peers, and goes on when they have answered or a second has passed.
-    fn part(&mut self, cx: &mut H, id: OrderId, peers: u8, after: After) -> Option<OrderOutcome> {
+    pub(super) fn part(
+        &mut self,
+        cx: &mut H,
+        id: OrderId,
+        peers: u8,
+        after: After,
+    ) -> Option<OrderOutcome> {
         // A Primary that has the data nowhere else leaves them the newest.
         let goes_on = self.view.disk == DiskState::UpToDate
             || (0..MAX_PEERS)
@@ -391,6 +400,7 @@ impl<H: Host> Manager<H> {
         let now = cx.now_ns();
         let mut ended = Vec::new();
         let mut retry = Vec::new();
+        let mut closing = Vec::new();
         let mut is_late = false;
         for order in &self.orders {
             match order.work {
@@ -403,6 +413,7 @@ impl<H: Host> Manager<H> {
                     ended.push((order.id, busy(text)));
                 }
                 Work::Committing => is_late |= now >= order.deadline_ns,
+                Work::Closing if now >= order.deadline_ns => closing.push(order.id),
                 // It is Secondary, whoever has not taken it in.
                 Work::Demoted { .. } if now >= order.deadline_ns => ended.push((order.id, Ok(()))),
                 _ => {}
@@ -410,6 +421,9 @@ impl<H: Host> Manager<H> {
         }
         if is_late {
             self.give_up_on_generation(cx);
+        }
+        for id in closing {
+            self.close_quiet(cx, id);
         }
         for (id, force) in retry {
             if let Some(outcome) = self.try_promote(cx, id, force) {
@@ -440,22 +454,12 @@ impl<H: Host> Manager<H> {
         None
     }
 
-    fn close(&mut self, cx: &mut H, id: OrderId) -> Option<OrderOutcome> {
-        self.closing = true;
-        self.attach_ended(cx, busy("the volume is being deleted"));
-        let peers = (0..MAX_PEERS)
-            .filter(|&slot| self.peers[slot].node_id.is_some())
-            .fold(0u8, |mask, slot| mask | 1 << slot);
-        self.part(cx, id, peers, After::Detach)
-    }
-
-    fn begin_detach(&mut self, cx: &mut H, id: OrderId) {
-        // Whatever this disk lacks from here on is recorded elsewhere: it is not that of a Primary that crashed.
-        self.superblock.flags.primary &= self.view.role != Role::Primary;
+    pub(super) fn begin_detach(&mut self, cx: &mut H, id: OrderId) {
         if self.closing {
-            self.view.closing = true;
-            self.view.role = Role::Secondary;
+            self.end_application_io();
         } else {
+            // As there.
+            self.superblock.flags.primary &= self.view.role != Role::Primary;
             self.view.suspended = true;
         }
         self.adopt(cx, Then::OrderStep(id, OrderStep::DetachHeld));
@@ -467,15 +471,15 @@ impl<H: Host> Manager<H> {
         if self.view.role == Role::Primary || is_demoting || self.is_promoting() {
             return Some(busy("this node is Primary; demote it first"));
         }
-        if self.view.read_source(0).is_none() || !self.metadata.enabled {
-            return Some(busy(
-                "no connected peer is UpToDate, so there is nothing to fetch the data from",
-            ));
         if self.metadata.enabled && !self.view.disk_is_usable() {
             // What it says it is would be taken for the end of that.
             let text = format!("the disk is {}; try again", self.view.disk);
             return Some(busy(text));
         }
+        if self.view.read_source(0).is_none() || !self.metadata.enabled {
+            return Some(busy(
+                "no connected peer is UpToDate, so there is nothing to fetch the data from",
+            ));
         }
         // Whoever it is fetched from in the end.
         for peer in self.superblock.peers.iter_mut().flatten() {
@@ -534,6 +538,15 @@ impl<H: Host> Manager<H> {
             OrderStep::DemoteAdopted => self.demote_adopted(cx, id),
             OrderStep::DemoteDrained => self.demote_drained(cx, id),
             OrderStep::DemoteDurable => self.demote_durable(cx, id),
+            OrderStep::CloseHeld => {
+                self.drain(
+                    cx,
+                    Drain::Application,
+                    Then::OrderStep(id, OrderStep::CloseDrained),
+                );
+            }
+            OrderStep::CloseDrained => self.close_quiet(cx, id),
+            OrderStep::CloseAdopted => drop(self.close_adopted(cx, id)),
             OrderStep::DetachHeld => {
                 self.drain(
                     cx,

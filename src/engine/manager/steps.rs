@@ -126,6 +126,11 @@ pub(super) enum OrderStep {
     DemoteAdopted,
     DemoteDrained,
     DemoteDurable,
+    /// New application I/O is refused, and the volume goes away.
+    CloseHeld,
+    CloseDrained,
+    /// What has not ended by now fails.
+    CloseAdopted,
     /// Application I/O is held or refused.
     DetachHeld,
     /// No application I/O is left.

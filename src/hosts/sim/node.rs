@@ -202,6 +202,8 @@ pub struct Node {
     pub disk_open: bool,
     /// It has been told to let everything go: a device that is being opened then is not taken.
     pub is_closing: bool,
+    /// Since then it has taken leave of a peer.
+    pub has_taken_leave: bool,
     pub disk_work: Numbered<DiskWork>,
     pub disk_faults: DiskFaults,
     pub slowness: Slowness,
@@ -235,6 +237,7 @@ impl Node {
             opener: None,
             disk_open: false,
             is_closing: false,
+            has_taken_leave: false,
             disk_work: Numbered::default(),
             disk_faults: DiskFaults::default(),
             slowness: Slowness::default(),

@@ -101,6 +101,7 @@ impl World {
         if status != AppStatus::Ok || (is_volatile && cache_lost) {
             return self.forget(id, kind, lba, blocks);
         }
+        self.check_leave(node, id, kind);
         match kind {
             RequestKind::Write { fua } | RequestKind::WriteZeroes { fua } => {
                 self.ledger.acknowledged(id, lba, blocks, fua);

@@ -409,6 +409,11 @@ impl World {
             _ => None,
         };
         self.command_comes(node, op);
+        if op == opcode::GOODBYE {
+            let from = &mut self.nodes[transit.from];
+            from.has_taken_leave |=
+                from.is_closing && from.incarnation == transit.io.from_incarnation;
+        }
         self.nodes[node].unanswered.insert(transit.io.arrival, op);
         self.with_channel(node, transit.core, |channel, cx| {
             channel.received(cx, command, payload, transit.io);

@@ -135,6 +135,7 @@ impl World {
         stopped.opener = None;
         stopped.disk_open = false;
         stopped.is_closing = false;
+        stopped.has_taken_leave = false;
         stopped.unanswered.clear();
         stopped.message_ns.clear();
         stopped.planned_polls_ns.fill(None);

@@ -11,6 +11,7 @@ use crate::engine::meta::superblock::{PersistedDisk, Superblock, pick};
 use crate::engine::open::{Goal, Opened, Opener};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::state::{ConnState, DiskState};
+use crate::engine::request::RequestKind;
 use crate::engine::volume::EXTENT_BYTES;
 use crate::host::{Completion, Data, IoStatus};
 use crate::hosts::sim::ledger::identify;
@@ -149,6 +150,17 @@ impl World {
                 self.describe()
             );
         }
+    }
+
+    /// I2: a node that is shut down has told a peer so. That one has all that the application was told, and may be the next
+    /// one that it uses.
+    pub(super) fn check_leave(&self, node: usize, id: u64, kind: RequestKind) {
+        let changes = kind.writes() || kind == RequestKind::Flush;
+        assert!(
+            !changes || !self.nodes[node].has_taken_leave,
+            "[I2] I/O {id} is done on node {node}, which has taken leave of a peer\n{}",
+            self.describe()
+        );
     }
 
     /// I6: two nodes that say of each other that all is well, with nothing under way, hold the same. Two Secondaries may not
