@@ -35,6 +35,7 @@ impl Mutation {
             Mutation::ClearUnserved => 3,
             // With two there is nobody else who lacks what is fetched.
             Mutation::SpreadNotDurable => 3,
+            Mutation::OldPeerReadFrom | Mutation::SessionDuringPromotion => 3,
             _ => 2,
         }
     }
@@ -67,6 +68,8 @@ mutations! {
     FuaDropped: "I1",
     /// A read is served by the local disk where that is out of date.
     ReadStale: "I1",
+    /// A peer that lacks a generation of a Primary which fetches from another node counts as up to date.
+    OldPeerReadFrom: "I1",
     /// What is written here for a Primary without a disk sets no bit for its disk.
     DisklessWithoutBit: "I1",
     /// A write completes without a generation that says which peer missed it.
@@ -77,6 +80,8 @@ mutations! {
     GoodbyeBeforeClosing: "I2",
     /// A write completes as soon as the new generation is made, on no disk yet.
     GenerationBeforeDurable: "I2",
+    /// A session begins while a node is promoted, and it is not asked.
+    SessionDuringPromotion: "I2",
     /// The range lock is granted to everybody.
     RangeAlwaysFree: "I4",
     /// A resync writes without the range lock.

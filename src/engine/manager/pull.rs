@@ -550,8 +550,10 @@ impl<H: Host> Manager<H> {
             return self.pull_again(slot);
         }
         let mut source =
-            crate::engine::meta::generation::Generations::new(self.superblock.generations.current);
+            crate::engine::meta::generation::Generations::new(theirs.current_generation);
         source.history = theirs.history;
+        // It may have gone on since the session began.
+        source.start_sync_as_target(self.superblock.generations.current);
         self.superblock
             .generations
             .finish_sync_as_target(&source, slot);
@@ -577,6 +579,14 @@ impl<H: Host> Manager<H> {
             self.ask_finish(slot, Call::FinishDurable);
         } else {
             self.hello_changed(cx);
+            self.fetched_as_primary(cx);
+        }
+    }
+
+    /// Those that were connected with this Primary meanwhile may hold other data than its source.
+    fn fetched_as_primary(&mut self, cx: &mut H) {
+        if self.view.role == Role::Primary {
+            self.part_with_others(cx);
         }
     }
 
@@ -585,6 +595,7 @@ impl<H: Host> Manager<H> {
         self.peers[slot].exchange = None;
         self.view.peers[slot].conn = ConnState::Connected;
         self.view.peers[slot].pdsk = DiskState::UpToDate;
+        self.fetched_as_primary(cx);
         self.adopt(cx, Then::Nothing);
         self.tell_all();
     }

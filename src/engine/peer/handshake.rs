@@ -501,7 +501,13 @@ impl Pair<'_> {
     fn sync_to(&self, rule: Rule, target_side: Side, full: bool) -> Decision {
         let (target, source) = self.with_other(target_side);
         let full = full || target.wants_full_sync;
-        let outcome = if source.disk <= DiskState::Inconsistent {
+        let outcome = if is_left_behind(rule, source) && !mutation::is(Mutation::OldPeerReadFrom) {
+            if target_side == Side::First {
+                Outcome::Behind
+            } else {
+                Outcome::Ahead
+            }
+        } else if source.disk <= DiskState::Inconsistent {
             Outcome::ConnectWithoutSync
         } else if target.role == Role::Primary && target.disk == DiskState::UpToDate {
             Outcome::Refuse(RefuseReason::PrimaryWouldBeTarget)
@@ -547,6 +553,17 @@ impl Side {
             Side::Second => Side::First,
         }
     }
+}
+
+/// A Primary that fetches from somebody else has nothing to give yet. Whoever lacks what its application was told is written
+/// is behind all the same: it must not be read from.
+fn is_left_behind(rule: Rule, source: &Hello) -> bool {
+    // A generation that counts the other in may be one that nobody else has heard of.
+    let is_missing = source.bitmap_generation != GENERATION_NONE;
+    matches!(rule, Rule::ByBitmap | Rule::ByHistory)
+        && is_missing
+        && source.role == Role::Primary
+        && source.disk == DiskState::Inconsistent
 }
 
 /// The other's data is of a generation that this one's once was.

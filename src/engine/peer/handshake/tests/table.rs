@@ -478,6 +478,13 @@ fn by_generations() -> Vec<Case> {
             NO_SYNC,
         ),
         case(
+            "newer, but half a copy, of a Primary that fetches the rest",
+            primary(inconsistent(ahead(first()))),
+            second(),
+            Rule::ByBitmap,
+            Outcome::Ahead,
+        ),
+        case(
             "missed long ago there",
             far_ahead,
             second(),
