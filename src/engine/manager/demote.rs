@@ -25,6 +25,15 @@ impl<H: Host> Manager<H> {
         None
     }
 
+    /// The role that others are told. Until the application's I/O has ended it is as much a Primary's as before.
+    pub(super) fn told_role(&self) -> Role {
+        if self.is_under_way(|work| matches!(work, Work::Demoting)) {
+            Role::Primary
+        } else {
+            self.view.role
+        }
+    }
+
     pub(super) fn demote_adopted(&mut self, cx: &mut H, id: OrderId) {
         self.hello_changed(cx);
         if mutation::is(Mutation::DemoteUndrained) {
@@ -44,15 +53,15 @@ impl<H: Host> Manager<H> {
     }
 
     pub(super) fn demote_durable(&mut self, cx: &mut H, id: OrderId) {
-        let mut waiting = 0;
-        for slot in 0..MAX_PEERS {
-            if self.peers[slot].established {
-                waiting |= 1 << slot;
-                self.tell_state_for(slot, Call::Demoted(id));
-            }
-        }
+        let waiting = (0..MAX_PEERS)
+            .filter(|&slot| self.peers[slot].established)
+            .fold(0u8, |mask, slot| mask | 1 << slot);
         if let Some(order) = self.orders.iter_mut().find(|order| order.id == id) {
             order.work = Work::Demoted { waiting };
+        }
+        for slot in 0..MAX_PEERS {
+            // From here on it is told that this node is Secondary.
+            self.tell_state_for(slot, Call::Demoted(id));
         }
         self.hello_changed(cx);
         self.check_demoted(cx);

@@ -2,7 +2,6 @@
 //! the session's commands, confirm, and enter the decided state. Called by `session`, which also ends what begins here.
 
 use super::Manager;
-use super::orders::Work;
 use super::outbox::{self, Call};
 use super::peer::{Asked, Decided, Link};
 use super::pull;
@@ -131,13 +130,7 @@ impl<H: Host> Manager<H> {
         let geometry = &self.shared.geometry;
         let superblock = &self.superblock;
         let generations = &superblock.generations;
-        // Until the application's I/O has ended it is as much the Primary's as before.
-        let is_demoting = self.is_under_way(|work| matches!(work, Work::Demoting));
-        let role = if is_demoting {
-            Role::Primary
-        } else {
-            self.view.role
-        };
+        let role = self.told_role();
         Hello {
             protocol_min: PROTOCOL_VERSIONS.0,
             protocol_max: PROTOCOL_VERSIONS.1,
@@ -257,7 +250,10 @@ impl<H: Host> Manager<H> {
             }
             return self.answer(cx, reply, PeerAnswer::NotYet);
         }
-        if self.peers[slot].draining || self.awaits_newer_data_than(cx, slot, &theirs) {
+        if self.peers[slot].draining
+            || self.awaits_promotion(slot)
+            || self.awaits_newer_data_than(cx, slot, &theirs)
+        {
             return self.answer(cx, reply, PeerAnswer::NotYet);
         }
         if self.peers[slot].link == Link::Closed {
@@ -267,6 +263,14 @@ impl<H: Host> Manager<H> {
         self.peers[slot].their_hello = Some(theirs);
         self.answer(cx, reply, PeerAnswer::Ok);
         self.try_confirm(cx, slot);
+    }
+
+    /// Of whom a promotion asks is settled when it begins: who comes later waits until that is over, and meets a Primary or a
+    /// promotion that was given up. It might else fetch, or be fetched from, as if nobody was about to be Primary.
+    fn awaits_promotion(&self, slot: PeerSlot) -> bool {
+        let is_promoted = |other: usize| other != slot && self.peers[other].promoting.is_some();
+        !mutation::is(Mutation::SessionDuringPromotion)
+            && (self.is_promoting() || (0..MAX_PEERS).any(is_promoted))
     }
 
     /// The application has seen newer data than this Primary's disk has, and this peer would not give it: whoever has it
@@ -301,6 +305,12 @@ impl<H: Host> Manager<H> {
             return;
         };
         let session = session_id(mine.nonce, theirs.nonce);
+        if peer.session == 0 && self.awaits_promotion(slot) {
+            // Its Hello came before.
+            self.peers[slot].next_try_ns = ask_again_ns(cx);
+            return;
+        }
+        let peer = &self.peers[slot];
         if peer.session == 0 && self.awaits_newer_data_than(cx, slot, &theirs) {
             // Its Hello came before the disk.
             let text = "another peer has what the application has seen, and goes first";
@@ -493,6 +503,12 @@ impl<H: Host> Manager<H> {
         }
         self.agree_again();
         self.compare.void(slot);
+        if self.peers[slot].role == Role::Primary {
+            // A resync with a third node may have begun since this was decided.
+            let text = "a Primary is connected, and is the source";
+            self.end_other_resyncs(cx, slot, text);
+            self.hello_changed(cx);
+        }
         if decision.outcome == Outcome::Behind {
             if decision.rule == Rule::CountedIn {
                 // What the sender went on from: others, who know nothing of ours, will recognize it.

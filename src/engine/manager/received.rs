@@ -42,7 +42,7 @@ impl<H: Host> Manager<H> {
             }
         }
         let body = StateBody {
-            role: self.view.role,
+            role: self.told_role(),
             disk: self.view.disk,
             conn: self.view.peers[slot].conn,
             resync_paused: self.puller.paused,
