@@ -142,6 +142,8 @@ impl<H: Host> Manager<H> {
             full_sync: is_partial,
         });
         self.superblock.generations.bitmap[slot] = NONE;
+        // That nothing is known of what it lacks does not count it in.
+        self.superblock.flags.told = false;
         self.masters[slot].clear_all();
         self.masters[slot].mark_all_dirty();
     }

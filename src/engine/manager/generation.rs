@@ -190,6 +190,8 @@ impl<H: Host> Manager<H> {
             if !self.metadata.enabled {
                 // Without a disk of our own the peers' word is what counts.
                 self.durable = self.superblock.generations.clone();
+                self.exposed = None;
+                self.hello_changed(cx);
             }
             self.check_generation(cx);
         }
