@@ -147,6 +147,8 @@ mutations! {
     LogStaysFull: "I10",
     /// A link that was lost is not opened again.
     LinkNeverOpenedAgain: "I10",
+    /// A generation that was cut short counts as one that something was written under.
+    NeverTakenBack: "I10",
     /// A write ends while the local disk still has its memory.
     AnswerBeforeDisk: "I11",
     /// What arrives for a piece of a resync that was given up is never let go.

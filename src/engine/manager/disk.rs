@@ -56,6 +56,8 @@ impl<H: Host> Manager<H> {
         self.was_told = told != self.durable.current
             && told != generations.current
             && self.peers.iter().any(|peer| peer.node_id.is_some());
+        let may_be_there = self.was_told && self.view.role == Role::Primary;
+        self.void_generation(may_be_there.then_some(told));
         self.superblock = opened.superblock;
         self.durable = self.superblock.generations.clone();
         for (slot, index, page) in opened.pages {

@@ -38,6 +38,7 @@ impl<H: Host> Manager<H> {
         !self.ready.is_empty()
             || (!self.quiet.is_empty() && is_quiet)
             || self.metadata_is_due()
+            || self.owes_generation()
             || self
                 .peers
                 .iter()

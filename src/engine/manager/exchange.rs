@@ -225,6 +225,10 @@ impl<H: Host> Manager<H> {
             .generations
             .start_sync_as_target(body.source_generation);
         self.generation_changed();
+        let source = self.peers[slot].their_hello;
+        self.superblock.flags.starting = source.is_some_and(|source| {
+            source.starting && source.current_generation == body.source_generation
+        });
         self.inherit_generations(slot);
         self.view.disk = DiskState::Inconsistent;
         self.record_disk();

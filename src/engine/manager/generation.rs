@@ -6,7 +6,7 @@ use super::outbox::Call;
 use super::steps::{OrderStep, Then};
 use crate::engine::MAX_PEERS;
 use crate::engine::message::OrderId;
-use crate::engine::meta::generation::from_random;
+use crate::engine::meta::generation::{NONE, from_random};
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::NewGenerationBody;
@@ -33,6 +33,11 @@ pub(super) struct Bump {
     agreed: u8,
     /// What was asked for meanwhile: slots, and this node's disk.
     again: u8,
+    /// The running round has a new generation, of which the disk says that nothing was written under it.
+    starting: bool,
+    /// A generation that peers may have been told and that never took effect, as the disk that was attached meanwhile
+    /// does not have it. The next one says so.
+    taken_back: Option<u64>,
     /// The promotions that wait for this.
     promotions: Vec<OrderId>,
 }
@@ -50,7 +55,11 @@ impl Bump {
 impl<H: Host> Manager<H> {
     /// A write may complete without this peer.
     pub(super) fn may_miss(&self, slot: PeerSlot) -> bool {
-        let agreed = !self.has_third_nodes() || self.generation.agreed & (1 << slot) != 0;
+        let agreed = if self.has_third_nodes() {
+            self.generation.agreed & (1 << slot) != 0
+        } else {
+            !self.generation.starting
+        };
         let durable = if mutation::is(Mutation::GenerationBeforeDurable) {
             &self.superblock.generations
         } else {
@@ -114,8 +123,10 @@ impl<H: Host> Manager<H> {
                 missing & (1 << slot) != 0 && self.superblock.generations.needs_bump(slot)
             })
             || (self.has_third_nodes() && missing & !self.generation.agreed != 0)
-            || self.has_shared_generation();
+            || self.has_shared_generation()
+            || self.generation.taken_back.is_some();
         let old = self.superblock.generations.current;
+        let mut taken_back = None;
         if needed {
             let new = loop {
                 let new = from_random(cx.random());
@@ -123,9 +134,15 @@ impl<H: Host> Manager<H> {
                     break new;
                 }
             };
+            taken_back = self.generation.taken_back.take();
+            if let Some(generation) = taken_back {
+                self.superblock.generations.remember_taken_back(generation);
+            }
             self.superblock.generations.bump(new, missing);
             self.generation_changed();
             self.superblock.flags.told = self.has_third_nodes();
+            self.generation.starting = self.has_third_nodes() && self.metadata.enabled;
+            self.superblock.flags.starting = self.generation.starting;
             self.hello_changed(cx);
         }
         self.generation.round += 1;
@@ -149,6 +166,7 @@ impl<H: Host> Manager<H> {
             new_current: self.superblock.generations.current,
             previous_current: old,
             missing_nodes,
+            taken_back: taken_back.unwrap_or(NONE),
         };
         for slot in 0..MAX_PEERS {
             if needed && missing & (1 << slot) == 0 && self.view.peers[slot].has_latest() {
@@ -210,6 +228,13 @@ impl<H: Host> Manager<H> {
         if !bump.running || !bump.local_done || bump.waiting != 0 {
             return;
         }
+        if bump.starting && std::mem::take(&mut self.superblock.flags.starting) {
+            // From here on something may be written under it, and nobody must take it back after a crash.
+            bump.local_done = false;
+            let round = bump.round;
+            return self.commit_superblock(cx, Then::Generation(round));
+        }
+        bump.starting = false;
         bump.running = false;
         bump.agreed |= bump.missing;
         let mut again = std::mem::take(&mut bump.again);
@@ -237,10 +262,51 @@ impl<H: Host> Manager<H> {
         self.check_promotion();
     }
 
-    /// Nodes that are no peers may have the current generation.
+    /// Nodes that are no peers may have the current generation, or nobody may write under it.
     fn has_shared_generation(&self) -> bool {
         let flags = &self.superblock.flags;
-        flags.parted || flags.assume_clean
+        flags.parted || flags.assume_clean || self.was_cut_short()
+    }
+
+    /// The current generation was started, here or where it was fetched from, and nothing was written under it: a crash or a
+    /// failed promotion cut it short.
+    pub(super) fn was_cut_short(&self) -> bool {
+        self.superblock.flags.starting && !self.generation.running
+    }
+
+    /// Another node is to write under the current generation: it must not be taken back any more. True if that has to be
+    /// made durable.
+    pub(super) fn keep_generation(&mut self) -> bool {
+        std::mem::take(&mut self.superblock.flags.starting)
+    }
+
+    /// A disk has been attached. What was told without it and has not taken effect never will.
+    pub(super) fn void_generation(&mut self, taken_back: Option<u64>) {
+        let bump = &mut self.generation;
+        bump.round += 1;
+        bump.running = false;
+        bump.starting = false;
+        bump.waiting = 0;
+        bump.again = 0;
+        bump.taken_back = taken_back;
+    }
+
+    /// This Primary has the latest data under a generation that others may have taken back, or that others are behind
+    /// without knowing it: another one says so.
+    pub(super) fn owes_generation(&self) -> bool {
+        let is_comparing = |conn| conn == ConnState::WFBitMapT;
+        self.view.role == Role::Primary
+            && self.view.disk == DiskState::UpToDate
+            && self.metadata.enabled
+            && !self.generation.running
+            && !self.view.peers.iter().any(|peer| is_comparing(peer.conn))
+            && (self.generation.taken_back.is_some() || self.was_cut_short())
+    }
+
+    pub(super) fn poll_generation(&mut self, cx: &mut H) {
+        if self.owes_generation() {
+            self.start_generation(cx, 0, false);
+        }
     }
 
     /// A node has ceased to be a peer, or another has got its slot: the former may have the current generation.
@@ -253,6 +319,7 @@ impl<H: Host> Manager<H> {
     pub(super) fn generation_changed(&mut self) {
         self.superblock.flags.assume_clean = false;
         self.superblock.flags.parted = false;
+        self.superblock.flags.starting = false;
     }
 
     /// Before an application reads here, whoever is not there is known, by a generation, to lack what it reads: the last
@@ -316,6 +383,9 @@ impl<H: Host> Manager<H> {
             })
             .fold(0u8, |mask, slot| mask | 1 << slot);
         if body.new_current != generations.current {
+            if body.taken_back != NONE {
+                generations.remember_taken_back(body.taken_back);
+            }
             generations.bump(body.new_current, missing);
             self.generation_changed();
             self.superblock.flags.told = self.has_third_nodes();

@@ -152,6 +152,7 @@ impl<H: Host> Manager<H> {
             sees_primary: self.sees_primary(Some(slot)),
             is_target: self.is_target(Some(slot)),
             told: superblock.flags.told,
+            starting: self.was_cut_short() && role != Role::Primary && !self.is_promoting(),
             current_generation: match self.exposed {
                 Some(exposed) if !self.view.disk_is_usable() => exposed,
                 _ => generations.current,
@@ -508,6 +509,18 @@ impl<H: Host> Manager<H> {
             let text = "a Primary is connected, and is the source";
             self.end_other_resyncs(cx, slot, text);
             self.hello_changed(cx);
+        }
+        if decision.rule == Rule::TakenBack
+            && matches!(
+                decision.outcome,
+                Outcome::SyncSource { .. } | Outcome::Ahead
+            )
+        {
+            // Others may have that generation too, and not know that it never took effect.
+            self.superblock
+                .generations
+                .remember_taken_back(theirs.current_generation);
+            self.commit_superblock(cx, Then::Nothing);
         }
         if decision.outcome == Outcome::Behind {
             if decision.rule == Rule::CountedIn {

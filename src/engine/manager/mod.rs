@@ -276,6 +276,7 @@ impl<H: Host> Manager<H> {
         }
         self.poll_pull(cx);
         self.poll_compare(cx);
+        self.poll_generation(cx);
         self.poll_orders(cx);
         if self
             .reattach_until_ns

@@ -128,8 +128,18 @@ impl<H: Host> Manager<H> {
         if body.kind == ChangeKind::Promote {
             self.peers[slot].promoting = Some(body.transaction);
             self.end_other_resyncs(cx, slot, "a peer is being promoted, and is the source");
+            let is_kept = self.keep_generation();
             self.hello_changed(cx);
+            if is_kept {
+                let epoch = self.peers[slot].epoch;
+                let step = SessionStep::GenerationKept(reply);
+                return self.commit_superblock(cx, Then::Session(slot, epoch, step));
+            }
         }
+        self.agree(cx, slot, reply);
+    }
+
+    pub(super) fn agree(&mut self, cx: &mut H, slot: PeerSlot, reply: usize) {
         // Whatever the peer has told before is in every channel when it becomes Primary, and the last writes of a lost
         // Primary have their bits.
         self.adopt(cx, Then::Nothing);

@@ -161,12 +161,14 @@ impl<H: Host> Manager<H> {
         if became_primary {
             self.end_other_resyncs(cx, slot, "a peer has become Primary, and is the source");
         }
-        if self.superblock.flags.told
+        let flags = &self.superblock.flags;
+        if (flags.told || flags.starting)
             && body.role == Role::Primary
             && body.current_generation == self.superblock.generations.current
             && !body.generation_running
         {
             self.superblock.flags.told = false;
+            self.keep_generation();
             self.commit_superblock(cx, Then::Nothing);
         }
         if changed_role {

@@ -310,6 +310,7 @@ impl<H: Host> Manager<H> {
             SessionStep::FinishRecorded(reply) => self.finish_recorded(cx, slot, reply),
             SessionStep::MarkHarvested(reply, id) => self.mark_harvested(cx, slot, reply, id),
             SessionStep::EqualHarvested(reply) => self.equal_harvested(cx, reply),
+            SessionStep::GenerationKept(reply) => self.agree(cx, slot, reply),
             SessionStep::Agreed(reply) => self.agreed(cx, slot, reply),
             SessionStep::Reconciled => {
                 if self.view.disk == DiskState::Consistent {

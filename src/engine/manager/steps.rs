@@ -68,6 +68,8 @@ pub(super) enum SessionStep {
     MarkHarvested(usize, u64),
     /// All bits are in the master after a comparison; the reply.
     EqualHarvested(usize),
+    /// A generation under which the peer may write is not taken back any more, durably; the reply to Prepare.
+    GenerationKept(usize),
     /// The peer may be promoted, and all bits are in the master; the reply.
     Agreed(usize),
 }

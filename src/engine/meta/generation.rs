@@ -78,6 +78,11 @@ impl Generations {
         self.current = new;
     }
 
+    /// Data that this is newer than is of `generation`, which never took effect.
+    pub fn remember_taken_back(&mut self, generation: u64) {
+        self.remember(generation);
+    }
+
     /// The current generation never took effect: this data is of `earlier`, one of its past.
     pub fn go_back(&mut self, earlier: u64) {
         self.current = earlier;

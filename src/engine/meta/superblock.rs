@@ -54,7 +54,9 @@ const FLAG_ATTACHED: u32 = 2;
 const FLAG_ASSUME_CLEAN: u32 = 4;
 const FLAG_TOLD: u32 = 8;
 const FLAG_PARTED: u32 = 16;
-const FLAGS: u32 = FLAG_PRIMARY | FLAG_ATTACHED | FLAG_ASSUME_CLEAN | FLAG_TOLD | FLAG_PARTED;
+const FLAG_STARTING: u32 = 32;
+const FLAGS: u32 =
+    FLAG_PRIMARY | FLAG_ATTACHED | FLAG_ASSUME_CLEAN | FLAG_TOLD | FLAG_PARTED | FLAG_STARTING;
 const PEER_CONFIGURED: u8 = 1;
 const PEER_FULL_SYNC: u8 = 2;
 
@@ -115,6 +117,8 @@ pub struct Flags {
     pub told: bool,
     /// A node that is no peer any more may have the current generation: nothing is to be written under it.
     pub parted: bool,
+    /// The current generation was started, and nothing has been written under it: not all have it yet who shall.
+    pub starting: bool,
 }
 
 /// A peer slot that is in use.
@@ -324,7 +328,8 @@ impl Superblock {
             | flag(self.flags.attached, FLAG_ATTACHED)
             | flag(self.flags.assume_clean, FLAG_ASSUME_CLEAN)
             | flag(self.flags.told, FLAG_TOLD)
-            | flag(self.flags.parted, FLAG_PARTED);
+            | flag(self.flags.parted, FLAG_PARTED)
+            | flag(self.flags.starting, FLAG_STARTING);
         put(&mut block, AT_FLAGS, &flags.to_le_bytes());
         put(
             &mut block,
@@ -522,6 +527,7 @@ fn parse_flags(block: &Block) -> Result<Flags, SuperblockError> {
         assume_clean: flags & FLAG_ASSUME_CLEAN != 0,
         told: flags & FLAG_TOLD != 0,
         parted: flags & FLAG_PARTED != 0,
+        starting: flags & FLAG_STARTING != 0,
     })
 }
 

@@ -287,7 +287,7 @@ impl SyncFinishBody {
 }
 
 /// From a Primary that goes on without some node: the receiver takes over the new current generation,
-/// durably, and answers. 24 bytes.
+/// durably, and answers. 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NewGenerationBody {
     /// What becomes current.
@@ -296,19 +296,22 @@ pub struct NewGenerationBody {
     pub previous_current: u64,
     /// Nodes that miss writes from here; bit = node id.
     pub missing_nodes: u8,
+    /// A generation that was told before and never took effect: whoever has it is behind the new one. 0: none.
+    pub taken_back: u64,
 }
 
 impl NewGenerationBody {
     /// Size on the wire.
-    pub const BYTES: usize = 24;
+    pub const BYTES: usize = 32;
 
     /// The body's bytes.
     pub fn emit(&self) -> [u8; Self::BYTES] {
         FieldWriter::default()
             .u64(self.new_current)
             .u64(self.previous_current)
+            .u64(self.taken_back)
             .u8(self.missing_nodes)
-            .finish(17)
+            .finish(25)
     }
 
     /// The body in `bytes`.
@@ -316,12 +319,14 @@ impl NewGenerationBody {
         let mut fields = FieldReader::exact("NewGenerationBody", bytes, Self::BYTES)?;
         let new_current = fields.u64()?;
         let previous_current = fields.u64()?;
+        let taken_back = fields.u64()?;
         let missing_nodes = fields.u8()?;
         fields.zeroes::<7>("reserved")?;
         Ok(NewGenerationBody {
             new_current,
             previous_current,
             missing_nodes,
+            taken_back,
         })
     }
 }
@@ -478,7 +483,7 @@ mod tests {
             let finish = SyncFinishBody { generation: a, bits_set: b, blocks_fetched: c };
             prop_assert_eq!(SyncFinishBody::parse(&finish.emit()), Ok(finish));
             let generation =
-                NewGenerationBody { new_current: a, previous_current: b, missing_nodes: nodes };
+                NewGenerationBody { new_current: a, previous_current: b, missing_nodes: nodes, taken_back: c };
             prop_assert_eq!(NewGenerationBody::parse(&generation.emit()), Ok(generation));
             let kind = if flag { ChangeKind::Promote } else { ChangeKind::Demote };
             let change = PrepareBody { kind, initiator: nodes % 8, nodes, transaction: c, generation: a };

@@ -15,7 +15,7 @@ use std::fmt;
 
 use thiserror::Error;
 
-use super::hello::{GENERATION_JUST_CREATED, GENERATION_NONE, Hello};
+use super::hello::{GENERATION_JUST_CREATED, GENERATION_NONE, HISTORY_LEN, Hello};
 use super::state::{DiskState, Role};
 use crate::engine::mutation::{self, Mutation};
 
@@ -77,6 +77,9 @@ pub enum Rule {
     /// A Primary died while it told a generation to others. One has it, and counts the other in: it holds nothing
     /// that the other lacks. The other went on from the generation before.
     CountedIn,
+    /// A Primary was cut short while it started a generation, under which nothing was written, and the other went on from the
+    /// one before.
+    TakenBack,
     /// Both went on as Primary after they lost each other: bitmap generations show the common start.
     ByBitmapBoth,
     /// Both went on as Primary, and the histories show that they once were the same.
@@ -89,7 +92,7 @@ pub enum Rule {
 
 impl Rule {
     /// Every rule, in the order in which they are tried.
-    pub const ALL: [Rule; 26] = [
+    pub const ALL: [Rule; 27] = [
         Rule::SameNode,
         Rule::DisklessPrimary,
         Rule::NoDisk,
@@ -112,6 +115,7 @@ impl Rule {
         Rule::ByBitmap,
         Rule::ByHistory,
         Rule::CountedIn,
+        Rule::TakenBack,
         Rule::ByBitmapBoth,
         Rule::ByHistoryBoth,
         Rule::SplitBrainResolved,
@@ -413,6 +417,11 @@ impl Pair<'_> {
         if let Some(target) = self.only_towards(counts_in) {
             return self.sync_to(Rule::CountedIn, target, false);
         }
+        if let Some(decision) = self.taken_back()
+            && !mutation::is(Mutation::NeverTakenBack)
+        {
+            return decision;
+        }
         if is_past(first.bitmap_generation) && first.bitmap_generation == second.bitmap_generation {
             return self.split_brain(Rule::ByBitmapBoth, false);
         }
@@ -425,6 +434,34 @@ impl Pair<'_> {
             rule: Rule::Unrelated,
             outcome: Outcome::Unrelated,
         }
+    }
+
+    /// What it comes to if a generation that was cut short is taken back: nothing, or the other is the newer.
+    fn taken_back(&self) -> Option<Decision> {
+        [Side::Second, Side::First].into_iter().find_map(|side| {
+            let (one, other) = self.with_other(side);
+            let before = before_start(one)?;
+            if before.current_generation == other.current_generation {
+                return None;
+            }
+            let pair = match side {
+                Side::First => Pair {
+                    first: &before,
+                    second: other,
+                },
+                Side::Second => Pair {
+                    first: other,
+                    second: &before,
+                },
+            };
+            match (side, pair.by_generations().outcome) {
+                (Side::First, Outcome::SyncTarget { full })
+                | (Side::Second, Outcome::SyncSource { full }) => {
+                    Some(self.sync_to(Rule::TakenBack, side, full))
+                }
+                _ => None,
+            }
+        })
     }
 
     fn split_brain(&self, rule: Rule, full: bool) -> Decision {
@@ -564,6 +601,25 @@ fn is_left_behind(rule: Rule, source: &Hello) -> bool {
         && is_missing
         && source.role == Role::Primary
         && source.disk == DiskState::Inconsistent
+}
+
+/// The sender as it was before it started its current generation, if that was cut short.
+fn before_start(one: &Hello) -> Option<Hello> {
+    let current_generation = one.history[0];
+    if !one.starting || !is_past(current_generation) {
+        return None;
+    }
+    let mut before = Hello {
+        starting: false,
+        current_generation,
+        ..*one
+    };
+    before.history.rotate_left(1);
+    before.history[HISTORY_LEN - 1] = GENERATION_NONE;
+    if before.bitmap_generation == current_generation {
+        before.bitmap_generation = GENERATION_NONE;
+    }
+    Some(before)
 }
 
 /// The other's data is of a generation that this one's once was.

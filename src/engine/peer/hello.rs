@@ -82,6 +82,8 @@ pub struct Hello {
     /// The sender has started its current generation, or was told it by a Primary, and does not know yet whether all have
     /// it who shall.
     pub told: bool,
+    /// The sender's current generation was cut short: nothing was written under it, and nothing will be.
+    pub starting: bool,
     /// The sender's current generation. Of a diskless Primary: the generation of the data that its
     /// application has seen.
     pub current_generation: u64,
@@ -121,6 +123,7 @@ impl Hello {
             self.sees_primary,
             self.is_target,
             self.told,
+            self.starting,
         ];
         let flags = flags
             .iter()
@@ -187,7 +190,7 @@ impl Hello {
         })?;
         fields.zeroes::<1>("reserved")?;
         let flags = fields.u32()?;
-        if flags >> 9 != 0 {
+        if flags >> 10 != 0 {
             return Err(fields.bad_value("flags", u64::from(flags)));
         }
         let flag = |bit: u32| flags >> bit & 1 == 1;
@@ -268,6 +271,7 @@ impl Hello {
             sees_primary: flag(6),
             is_target: flag(7),
             told: flag(8),
+            starting: flag(9),
             current_generation,
             bitmap_generation,
             history,

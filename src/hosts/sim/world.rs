@@ -199,6 +199,8 @@ pub struct World {
     moments: moments::Moments,
     /// By the nonces of two Hellos, the lower one first: the node that decided first, and what.
     decisions: BTreeMap<(u64, u64), (usize, Decision)>,
+    /// What the trace was last told of each node.
+    told: Vec<String>,
 }
 
 impl World {
@@ -211,6 +213,7 @@ impl World {
             })
             .collect();
         let seen = vec![Seen::NOTHING; config.nodes];
+        let told = vec![String::new(); config.nodes];
         World {
             config,
             now_ns: SECOND,
@@ -241,6 +244,7 @@ impl World {
             seen,
             moments: moments::Moments::default(),
             decisions: BTreeMap::new(),
+            told,
         }
     }
 

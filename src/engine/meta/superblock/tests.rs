@@ -38,6 +38,7 @@ fn sample(sequence: u64) -> Superblock {
             assume_clean: false,
             told: false,
             parted: false,
+            starting: false,
         },
         disk: PersistedDisk::UpToDate,
         generations,
@@ -197,7 +198,7 @@ fn every_field_is_validated() {
         (AT_NODE_ID, &[8]),
         (AT_NODE_ID, &[7]),
         (AT_DISK, &[4]),
-        (AT_FLAGS, &[32]),
+        (AT_FLAGS, &[64]),
         (AT_PEERS + 3, &[1]),
         (END, &[1]),
     ];
@@ -257,7 +258,7 @@ proptest! {
     #[test]
     fn what_is_emitted_is_parsed_again(
         sequence in 1..SEQUENCE_MAX, uuid in 1u128.., backing: u128, name in "[^\\p{C}]{1,15}",
-        in_place: bool, al_extents in AL_EXTENTS_MIN..=AL_EXTENTS_MAX, flags in 0u8..8, disk in 0u8..4,
+        in_place: bool, al_extents in AL_EXTENTS_MIN..=AL_EXTENTS_MAX, flags in 0u8..64, disk in 0u8..4,
         generations in proptest::collection::vec(any::<u64>(), 1..20),
         peers in proptest::collection::vec((0u8..=8, any::<bool>()), 0..=3), node_id in 3u8..=7,
     ) {
@@ -275,7 +276,7 @@ proptest! {
             backing_uuid: backing.to_le_bytes(),
             layout: layout(if in_place { Placement::InPlace } else { Placement::Front }),
             al_extents,
-            flags: Flags { primary: flags & 1 != 0, attached: flags & 2 != 0, assume_clean: flags & 4 != 0, told: flags & 8 != 0, parted: flags & 16 != 0 },
+            flags: Flags { primary: flags & 1 != 0, attached: flags & 2 != 0, assume_clean: flags & 4 != 0, told: flags & 8 != 0, parted: flags & 16 != 0, starting: flags & 32 != 0 },
             disk: PersistedDisk::from_byte(disk).unwrap(),
             generations: known,
             peers: std::array::from_fn(|slot| {

@@ -26,6 +26,7 @@ pub(in super::super) fn hello_of(node_id: u8, peer_node_id: u8, current_generati
         sees_primary: false,
         is_target: false,
         told: false,
+        starting: false,
         current_generation,
         bitmap_generation: GENERATION_NONE,
         history: [GENERATION_NONE; HISTORY_LEN],
@@ -74,6 +75,7 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
         flag(),
         flag(),
         flag(),
+        flag(),
     );
     let role = prop::sample::select(&Role::ALL[1..]);
     (
@@ -111,6 +113,7 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
                     sees_primary: flags.6,
                     is_target: flags.7,
                     told: flags.8,
+                    starting: flags.9,
                     nonce,
                     ..hello_of(node_id, peer_node_id, current)
                 }

@@ -112,6 +112,16 @@ impl Lead {
         }
     }
 
+    /// The application's node, or those that one of is to become it.
+    pub fn nodes(&self) -> Nodes {
+        match *self {
+            Lead::Nobody { holders } => holders,
+            Lead::Promoting { node, .. } | Lead::Active { node } | Lead::Demoting { node, .. } => {
+                1 << node
+            }
+        }
+    }
+
     /// Takes in how orders have ended.
     pub fn look(&mut self, world: &mut World) {
         match *self {

@@ -11,6 +11,7 @@ use super::verdict::ends_in;
 use super::workload::Load;
 use crate::engine::manager::{Options, Order};
 use crate::engine::meta::format::Content;
+use crate::engine::meta::generation::from_random;
 use crate::engine::open::Goal;
 use crate::engine::peer::state::DiskState;
 use crate::hosts::sim::coverage::Coverage;
@@ -88,10 +89,14 @@ struct Run {
     due: Vec<(u64, Deed)>,
     /// Nodes with a device of somebody else.
     foreign: Vec<usize>,
+    /// What the data on such devices was, when they came.
+    foreign_generations: Vec<u64>,
     /// Nodes whose new device has not been seen with a volume on it yet.
     unmade: Vec<(usize, Replacement)>,
     reckless: bool,
     lead: Lead,
+    /// As the trace was last told.
+    told_lead: Lead,
     loads: Vec<Load>,
     /// Nodes that are to be told of their peers when they have started.
     starting: Vec<usize>,
@@ -129,9 +134,11 @@ impl Run {
             next_moment: 0,
             due: Vec::new(),
             foreign: Vec::new(),
+            foreign_generations: Vec::new(),
             unmade: Vec::new(),
             reckless,
             lead: Lead::Active { node: 0 },
+            told_lead: Lead::Active { node: 0 },
             loads: Vec::new(),
             starting: Vec::new(),
             stopping: Vec::new(),
@@ -178,8 +185,16 @@ impl Run {
             || matches!(self.lead, Lead::Promoting { .. } | Lead::Demoting { .. })
     }
 
+    fn note_lead(&mut self) {
+        if self.world.config.trace && self.told_lead != self.lead {
+            eprintln!("{:>14} lead {:?}", self.world.now_ns, self.lead);
+            self.told_lead = self.lead;
+        }
+    }
+
     fn look(&mut self) {
         self.lead.look(&mut self.world);
+        self.note_lead();
         for node in std::mem::take(&mut self.starting) {
             if is_up(&self.world, node) {
                 self.unmade.retain(|&(other, _)| other != node);
@@ -471,10 +486,10 @@ impl Run {
         let content = match with {
             Replacement::Nothing => Content::Nothing,
             Replacement::Foreign => {
+                let random = self.world.random.number();
                 self.foreign.push(node);
-                Content::Data {
-                    random: self.world.random.number(),
-                }
+                self.foreign_generations.push(from_random(random));
+                Content::Data { random }
             }
         };
         self.world.replace_disk(node);

@@ -3,6 +3,7 @@
 
 use super::World;
 use crate::engine::message::{OrderId, OrderOutcome};
+use crate::engine::peer::handshake::Decision;
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::hosts::sim::coverage::{Kind, Seen};
 
@@ -18,6 +19,45 @@ impl World {
             self.check_finish(node, &before);
             self.states_come(node, &before);
         }
+        if self.config.trace {
+            self.note_state(node);
+        }
+    }
+
+    /// Tells the trace how a node is, when that is something else than before.
+    fn note_state(&mut self, node: usize) {
+        let state = self.state(node);
+        let generations = &state.generations;
+        let past: Vec<String> = generations
+            .history
+            .iter()
+            .take_while(|&&generation| generation != 0)
+            .take(5)
+            .map(|generation| short(*generation))
+            .collect();
+        let mut text = format!(
+            "is {} {} suspended={} current={} past={}",
+            state.role,
+            state.disk,
+            state.suspended,
+            short(generations.current),
+            past.join(","),
+        );
+        for peer in &state.peers {
+            text += &format!(
+                " | {}: {} {} {} {} {:?}",
+                peer.node_id,
+                peer.conn,
+                peer.role,
+                peer.disk,
+                short(peer.bitmap_generation),
+                peer.last_error.as_deref().unwrap_or_default(),
+            );
+        }
+        if self.told[node] != text {
+            self.note(node, || text.clone());
+            self.told[node] = text;
+        }
     }
 
     /// I8: who looks at the same two Hellos comes to the mirrored decision.
@@ -29,6 +69,10 @@ impl World {
             if before.decided[slot] == Some(decided) {
                 continue;
             }
+            self.note(node, || {
+                let Decision { rule, outcome } = decided.decision;
+                format!("decides of slot {slot}: {rule} {outcome:?}")
+            });
             let nonces = (
                 decided.mine.min(decided.theirs),
                 decided.mine.max(decided.theirs),
@@ -103,4 +147,9 @@ impl World {
             }
         }
     }
+}
+
+/// Enough of a generation to know it again.
+fn short(generation: u64) -> String {
+    format!("{:04x}", generation >> 48)
 }

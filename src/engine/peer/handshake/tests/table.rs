@@ -551,6 +551,53 @@ fn by_generations() -> Vec<Case> {
             Outcome::SplitBrain,
         ),
         case(
+            "one was cut short while it started a generation, the other went on from the one before",
+            Hello {
+                starting: true,
+                ..went_on(first(), NOW, NEXT)
+            },
+            primary(went_on(second(), NOW, OTHER)),
+            Rule::TakenBack,
+            TARGET,
+        ),
+        case(
+            "the same, and neither keeps bits",
+            Hello {
+                starting: true,
+                bitmap_generation: GENERATION_NONE,
+                ..went_on(first(), NOW, NEXT)
+            },
+            Hello {
+                bitmap_generation: GENERATION_NONE,
+                ..went_on(second(), NOW, OTHER)
+            },
+            Rule::TakenBack,
+            FULL_TARGET,
+        ),
+        case(
+            "both were cut short: one of them goes back",
+            Hello {
+                starting: true,
+                ..went_on(first(), NOW, NEXT)
+            },
+            Hello {
+                starting: true,
+                ..went_on(second(), NOW, OTHER)
+            },
+            Rule::TakenBack,
+            SOURCE,
+        ),
+        case(
+            "one was cut short, and nobody has gone on: it is the newer",
+            Hello {
+                starting: true,
+                ..went_on(first(), NOW, NEXT)
+            },
+            second(),
+            Rule::ByBitmap,
+            SOURCE,
+        ),
+        case(
             "one was told a generation that counts the other in, and the other is Primary again and has not gone on",
             Hello {
                 bitmap_generation: GENERATION_NONE,

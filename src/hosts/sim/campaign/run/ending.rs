@@ -56,6 +56,7 @@ impl Run {
         self.wait("the disks are attached", 30 * SECOND, |run| {
             run.world.orders_have_ended()
         });
+        self.replace_copies();
         for node in 0..nodes {
             self.introduce(node);
             self.order(node, Order::ResumeResync);
@@ -108,6 +109,26 @@ impl Run {
                 self.attach(node);
                 self.advance(self.world.now_ns + LOOK_NS);
             }
+        }
+    }
+
+    /// A replica that was invalidated may have fetched from a device of somebody else meanwhile: it too gets an empty one.
+    fn replace_copies(&mut self) {
+        let is_copy = |node: usize| {
+            let generations = self.world.state(node).generations;
+            self.foreign_generations.iter().any(|&foreign| {
+                generations.current == foreign || generations.history_contains(foreign)
+            })
+        };
+        let copies: Vec<usize> = (0..self.world.nodes.len())
+            .filter(|&node| is_copy(node))
+            .collect();
+        let spared = self.lead.nodes();
+        if self.reckless || copies.iter().any(|node| spared & (1 << node) != 0) {
+            return;
+        }
+        for node in copies {
+            self.give_empty_device(node);
         }
     }
 
