@@ -100,6 +100,8 @@ mutations! {
     ResyncReadUnlocked: "I6",
     /// A target asks for data while an earlier write to the same blocks is under way.
     PullUnlocked: "I6",
+    /// A target goes on fetching while it asks for the end of the resync.
+    PullWhileFinishing: "I6",
     /// A bitmap that a peer sends is not ORed.
     BitmapIgnored: "I6",
     /// A source agrees that a resync is finished without looking for bits of its own.

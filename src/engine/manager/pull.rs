@@ -308,7 +308,11 @@ impl<H: Host> Manager<H> {
     /// There is a piece to be cut and room for it.
     fn may_cut_piece(&self, slot: PeerSlot) -> bool {
         let puller = &self.puller;
+        // Bits that come while the source is asked for the end wait for its answer, which may begin the sweep again: of
+        // two reads of one place the older one could be written last.
+        let asks_for_end = puller.finishing && !mutation::is(Mutation::PullWhileFinishing);
         !puller.paused
+            && !asks_for_end
             && puller.spread == Spread::Durable
             && puller.pieces.iter().any(Option::is_none)
             && (puller.cutting.is_some()

@@ -4,6 +4,7 @@
 use super::memory::Payload;
 use super::node::Core;
 use super::numbered::Numbered;
+use crate::engine::peer::command::Span;
 use crate::host::{Data, Token};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub struct Outstanding {
     pub core: usize,
     pub token: Token,
     pub data: Data<Core>,
+    /// If it is a resync read: of which session, and what it reads.
+    pub resync_read: Option<(u32, Span)>,
 }
 
 /// One node's link to one peer.

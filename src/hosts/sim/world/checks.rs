@@ -3,8 +3,10 @@
 
 use super::World;
 use crate::engine::message::{OrderId, OrderOutcome};
+use crate::engine::peer::command::{CommandWords, PeerCommand, Span, opcode};
 use crate::engine::peer::handshake::Decision;
 use crate::engine::peer::state::{ConnState, DiskState};
+use crate::host::PeerSlot;
 use crate::hosts::sim::coverage::{Kind, Seen};
 
 impl World {
@@ -117,6 +119,40 @@ impl World {
                 );
             }
         }
+    }
+
+    /// I6: a target asks for nothing that it has asked for already in the session, and has no answer for: of two reads of
+    /// one place the older one could be written last.
+    pub(super) fn check_resync_read(
+        &self,
+        node: usize,
+        slot: PeerSlot,
+        op: u8,
+        words: &CommandWords,
+        data_len: u32,
+    ) -> Option<(u32, Span)> {
+        if op != opcode::RESYNC_READ {
+            return None;
+        }
+        let Ok(PeerCommand::ResyncRead { session, span, .. }) =
+            PeerCommand::parse(op, words, data_len)
+        else {
+            return None;
+        };
+        let end = |span: Span| span.lba() + u64::from(span.blocks());
+        let outstanding = self.nodes[node].links[slot].outstanding.values();
+        for (_, other) in outstanding
+            .filter_map(|command| command.resync_read)
+            .filter(|&(of, _)| of == session)
+        {
+            assert!(
+                end(other) <= span.lba() || end(span) <= other.lba(),
+                "[I6] node {node} fetches blocks from {} on, for which it has a read under way\n{}",
+                span.lba(),
+                self.describe()
+            );
+        }
+        Some((session, span))
     }
 
     pub(super) fn count_order(&mut self, node: usize, id: OrderId, outcome: &OrderOutcome) {

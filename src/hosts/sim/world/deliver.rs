@@ -105,9 +105,16 @@ impl World {
                 };
                 self.record_sent(node, core, token, opcode, &words, data_len as u32);
                 let incarnation = self.nodes[node].incarnation;
+                let resync_read =
+                    self.check_resync_read(node, slot, opcode, &words, data_len as u32);
+                let outstanding = Outstanding {
+                    core,
+                    token,
+                    data,
+                    resync_read,
+                };
                 let link = &mut self.nodes[node].links[slot];
-                link.outstanding
-                    .insert(command, Outstanding { core, token, data });
+                link.outstanding.insert(command, outstanding);
                 let transit = Transit {
                     from: node,
                     to: target,
@@ -337,6 +344,7 @@ impl World {
             core,
             token,
             data: mut own,
+            ..
         } = outstanding;
         self.record(node, |_| {
             let ok = status == IoStatus::Ok && answer == PeerAnswer::Ok;
