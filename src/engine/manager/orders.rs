@@ -325,6 +325,8 @@ impl<H: Host> Manager<H> {
         peers: u8,
         after: After,
     ) -> Option<OrderOutcome> {
+        // Until a volume that is shut down takes leave of its peers its application may still write.
+        let may_write = !self.closing || self.is_under_way(|work| matches!(work, Work::Closing));
         // A Primary that has the data nowhere else leaves them the newest.
         let goes_on = self.view.disk == DiskState::UpToDate
             || (0..MAX_PEERS)
@@ -338,7 +340,7 @@ impl<H: Host> Manager<H> {
                 let command = PeerCommand::Goodbye {
                     session: self.peers[slot].session,
                     sequence: self.shared.next_control_sequence(slot),
-                    outdate: self.view.role == Role::Primary && !self.closing && goes_on,
+                    outdate: self.view.role == Role::Primary && may_write && goes_on,
                 };
                 self.call(slot, command, Vec::new(), Call::Goodbye);
             } else {

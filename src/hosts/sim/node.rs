@@ -202,7 +202,7 @@ pub struct Node {
     pub disk_open: bool,
     /// It has been told to let everything go: a device that is being opened then is not taken.
     pub is_closing: bool,
-    /// Since then it has taken leave of a peer.
+    /// Since then it has taken leave of a peer that it leaves up to date.
     pub has_taken_leave: bool,
     pub disk_work: Numbered<DiskWork>,
     pub disk_faults: DiskFaults,

@@ -417,7 +417,7 @@ impl World {
             _ => None,
         };
         self.command_comes(node, op);
-        if op == opcode::GOODBYE {
+        if let PeerCommand::Goodbye { outdate: false, .. } = command {
             let from = &mut self.nodes[transit.from];
             from.has_taken_leave |=
                 from.is_closing && from.incarnation == transit.io.from_incarnation;

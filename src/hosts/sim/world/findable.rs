@@ -158,7 +158,7 @@ impl World {
         let changes = kind.writes() || kind == RequestKind::Flush;
         assert!(
             !changes || !self.nodes[node].has_taken_leave,
-            "[I2] I/O {id} is done on node {node}, which has taken leave of a peer\n{}",
+            "[I2] I/O {id} is done on node {node}, which has taken leave of an up-to-date peer\n{}",
             self.describe()
         );
     }
