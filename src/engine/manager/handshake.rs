@@ -274,9 +274,27 @@ impl<H: Host> Manager<H> {
             && (self.is_promoting() || (0..MAX_PEERS).any(is_promoted))
     }
 
+    /// What a peer misses, or may have lost with its cache, others have, and it learns that from them: a Primary that has no
+    /// disk would read from it, and one that has just got its disk back would fetch from it.
+    fn awaits_others_than(&self, theirs: &Hello) -> bool {
+        if self.view.role != Role::Primary || !self.has_third_nodes() {
+            return false;
+        }
+        if self.view.disk_is_usable() {
+            return self.reattach_until_ns.is_some() && theirs.disk == DiskState::Outdated;
+        }
+        theirs.unclean
+            && theirs.dirty_bits > 0
+            && theirs.disk > DiskState::Outdated
+            && self.view.read_source(0).is_some()
+    }
+
     /// The application has seen newer data than this Primary's disk has, and this peer would not give it: whoever has it
     /// goes first, or the application would read what is old.
     fn awaits_newer_data_than(&self, cx: &H, slot: PeerSlot, theirs: &Hello) -> bool {
+        if self.awaits_others_than(theirs) {
+            return true;
+        }
         let Some(exposed) = self.exposed.filter(|_| self.view.disk_is_usable()) else {
             return false;
         };

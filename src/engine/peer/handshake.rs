@@ -513,7 +513,9 @@ impl Pair<'_> {
         if !sees_primary && !first.is_target && !second.is_target {
             return decision;
         }
-        let same_data = first.current_generation == second.current_generation
+        // What one lost with its cache the other has.
+        let same_data = decision.rule != Rule::ReconcileUnclean
+            && first.current_generation == second.current_generation
             && first.disk > DiskState::Outdated
             && second.disk > DiskState::Outdated;
         let outcome = match decision.outcome {
