@@ -157,15 +157,19 @@ impl<H: Host> Manager<H> {
         } else {
             0
         };
+        let mut told_nodes = 0u8;
         for slot in 0..MAX_PEERS {
-            if let (true, Some(node)) = (missing & (1 << slot) != 0, self.peers[slot].node_id) {
-                missing_nodes |= 1u8 << node;
+            match self.peers[slot].node_id {
+                Some(node) if missing & (1 << slot) != 0 => missing_nodes |= 1 << node,
+                Some(node) => told_nodes |= 1 << node,
+                None => {}
             }
         }
         let body = NewGenerationBody {
             new_current: self.superblock.generations.current,
             previous_current: old,
             missing_nodes,
+            told_nodes,
             taken_back: taken_back.unwrap_or(NONE),
         };
         for slot in 0..MAX_PEERS {
@@ -375,11 +379,14 @@ impl<H: Host> Manager<H> {
             return self.answer(cx, reply, PeerAnswer::Refused(0));
         }
         let generations = &mut self.superblock.generations;
+        // The Primary may not know all nodes that this one knows.
+        let is_told =
+            |other: PeerSlot, node: u8| other == slot || body.told_nodes & (1 << node) != 0;
         let missing = (0..MAX_PEERS)
-            .filter(|&slot| {
-                self.peers[slot]
-                    .node_id
-                    .is_some_and(|node| body.missing_nodes & (1 << node) != 0)
+            .filter(|&other| {
+                self.peers[other].node_id.is_some_and(|node| {
+                    body.missing_nodes & (1 << node) != 0 || !is_told(other, node)
+                })
             })
             .fold(0u8, |mask, slot| mask | 1 << slot);
         if body.new_current != generations.current {

@@ -128,7 +128,8 @@ impl<H: Host> Manager<H> {
         if body.kind == ChangeKind::Promote {
             self.peers[slot].promoting = Some(body.transaction);
             self.end_other_resyncs(cx, slot, "a peer is being promoted, and is the source");
-            let is_kept = self.keep_generation();
+            let is_kept =
+                body.generation == self.superblock.generations.current && self.keep_generation();
             self.hello_changed(cx);
             if is_kept {
                 let epoch = self.peers[slot].epoch;

@@ -296,6 +296,8 @@ pub struct NewGenerationBody {
     pub previous_current: u64,
     /// Nodes that miss writes from here; bit = node id.
     pub missing_nodes: u8,
+    /// Nodes that are told this. Others that the receiver knows, and the sender does not, miss those writes too.
+    pub told_nodes: u8,
     /// A generation that was told before and never took effect: whoever has it is behind the new one. 0: none.
     pub taken_back: u64,
 }
@@ -311,7 +313,8 @@ impl NewGenerationBody {
             .u64(self.previous_current)
             .u64(self.taken_back)
             .u8(self.missing_nodes)
-            .finish(25)
+            .u8(self.told_nodes)
+            .finish(26)
     }
 
     /// The body in `bytes`.
@@ -321,11 +324,13 @@ impl NewGenerationBody {
         let previous_current = fields.u64()?;
         let taken_back = fields.u64()?;
         let missing_nodes = fields.u8()?;
-        fields.zeroes::<7>("reserved")?;
+        let told_nodes = fields.u8()?;
+        fields.zeroes::<6>("reserved")?;
         Ok(NewGenerationBody {
             new_current,
             previous_current,
             missing_nodes,
+            told_nodes,
             taken_back,
         })
     }
@@ -483,7 +488,7 @@ mod tests {
             let finish = SyncFinishBody { generation: a, bits_set: b, blocks_fetched: c };
             prop_assert_eq!(SyncFinishBody::parse(&finish.emit()), Ok(finish));
             let generation =
-                NewGenerationBody { new_current: a, previous_current: b, missing_nodes: nodes, taken_back: c };
+                NewGenerationBody { new_current: a, previous_current: b, missing_nodes: nodes, told_nodes: !nodes, taken_back: c };
             prop_assert_eq!(NewGenerationBody::parse(&generation.emit()), Ok(generation));
             let kind = if flag { ChangeKind::Promote } else { ChangeKind::Demote };
             let change = PrepareBody { kind, initiator: nodes % 8, nodes, transaction: c, generation: a };
