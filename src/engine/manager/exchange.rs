@@ -4,13 +4,15 @@ use super::Manager;
 use super::outbox::{CALL_AGAIN_NS, Call};
 use super::peer::Exchange;
 use super::steps::{SessionStep, Then};
+use crate::engine::MAX_PEERS;
 use crate::engine::bitmap::geometry::Granularity;
 use crate::engine::bitmap::{convert, wire};
+use crate::engine::meta::generation::NONE;
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::{RangesBody, SyncStartBody};
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::handshake::Outcome;
+use crate::engine::peer::handshake::{Outcome, Rule};
 use crate::engine::peer::state::{ConnState, DiskState};
 use crate::host::{Host, PeerSlot};
 
@@ -221,14 +223,24 @@ impl<H: Host> Manager<H> {
             return self.answer(cx, reply, PeerAnswer::NotYet);
         }
         self.peers[slot].current_generation = body.source_generation;
-        self.superblock
-            .generations
-            .start_sync_as_target(body.source_generation);
+        let rule = self.peers[slot].decision.map(|decision| decision.rule);
+        let past = self.peers[slot].history;
+        let generations = &mut self.superblock.generations;
+        generations.start_sync_as_target(body.source_generation);
         self.generation_changed();
         let source = self.peers[slot].their_hello;
         self.superblock.flags.starting = source.is_some_and(|source| {
             source.starting && source.current_generation == body.source_generation
         });
+        let generations = &mut self.superblock.generations;
+        if rule == Some(Rule::GivenUp) {
+            // What this node was on the way to before is another's: who has it is not behind.
+            generations.follow(past);
+            generations.bitmap = [NONE; MAX_PEERS];
+        } else if self.superblock.flags.starting {
+            // What it is taken back to is the source's past.
+            generations.follow(past);
+        }
         self.inherit_generations(slot);
         self.view.disk = DiskState::Inconsistent;
         self.record_disk();

@@ -111,9 +111,14 @@ impl<H: Host> Manager<H> {
             .filter(|&slot| self.view.peers[slot].configured)
             .filter(|&slot| slots & (1 << slot) != 0 || !self.view.peers[slot].has_latest())
             .fold(0u8, |mask, slot| mask | 1 << slot);
-        let has_taker = (0..MAX_PEERS)
-            .any(|slot| missing & (1 << slot) == 0 && self.view.peers[slot].has_latest());
+        let old = self.superblock.generations.current;
         let has_data = self.metadata.enabled && self.view.disk == DiskState::UpToDate;
+        // Whoever has other data refuses it.
+        let has_same =
+            |slot: PeerSlot| self.peers[slot].current_generation == old || self.exposed.is_some();
+        let has_taker = (0..MAX_PEERS).any(|slot| {
+            missing & (1 << slot) == 0 && self.view.peers[slot].has_latest() && has_same(slot)
+        });
         if !has_data && !has_taker {
             // It would be nowhere, or on a disk that lacks the data, and the peers would be refused for not having it.
             return;
@@ -125,7 +130,6 @@ impl<H: Host> Manager<H> {
             || (self.has_third_nodes() && missing & !self.generation.agreed != 0)
             || self.has_shared_generation()
             || self.generation.taken_back.is_some();
-        let old = self.superblock.generations.current;
         let mut taken_back = None;
         if needed {
             let new = loop {
@@ -232,7 +236,9 @@ impl<H: Host> Manager<H> {
         if !bump.running || !bump.local_done || bump.waiting != 0 {
             return;
         }
-        if bump.starting && std::mem::take(&mut self.superblock.flags.starting) {
+        // Beside a disk that lacks data it takes a peer: else nothing can be written under it.
+        let takes_effect = bump.taken != 0 || self.view.disk == DiskState::UpToDate;
+        if bump.starting && takes_effect && std::mem::take(&mut self.superblock.flags.starting) {
             // From here on something may be written under it, and nobody must take it back after a crash.
             bump.local_done = false;
             let round = bump.round;

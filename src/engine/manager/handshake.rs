@@ -152,7 +152,9 @@ impl<H: Host> Manager<H> {
             sees_primary: self.sees_primary(Some(slot)),
             is_target: self.is_target(Some(slot)),
             told: superblock.flags.told,
-            starting: self.was_cut_short() && role != Role::Primary && !self.is_promoting(),
+            starting: self.was_cut_short()
+                && !self.is_promoting()
+                && (role != Role::Primary || self.view.disk == DiskState::Inconsistent),
             current_generation: match self.exposed {
                 Some(exposed) if !self.view.disk_is_usable() => exposed,
                 _ => generations.current,
@@ -496,6 +498,7 @@ impl<H: Host> Manager<H> {
         // It may have told us more than its Hello did, while it was ahead of us.
         peer.role = peer.early_state.map_or(theirs.role, |state| state.role);
         peer.current_generation = theirs.current_generation;
+        peer.history = theirs.history;
         peer.heard_ns = now;
         peer.ping_sent_ns = now;
         peer.last_error = None;

@@ -4,7 +4,7 @@ use super::known::{KnownCommands, KnownHellos};
 use super::outbox::{Call, Outbox};
 use crate::engine::peer::body::StateBody;
 use crate::engine::peer::handshake::Decision;
-use crate::engine::peer::hello::Hello;
+use crate::engine::peer::hello::{HISTORY_LEN, Hello};
 use crate::engine::peer::state::Role;
 use crate::host::PeerAddress;
 
@@ -79,6 +79,8 @@ pub(super) struct Peer {
     pub(super) starts_generation: bool,
     /// The generations of its bitmaps, by node id, as it last told.
     pub(super) bitmap_generations: [u64; 8],
+    /// The peer's earlier generations, as it last told.
+    pub(super) history: [u64; HISTORY_LEN],
     pub(super) state_revision: u64,
     /// The transaction by which it is being promoted.
     pub(super) promoting: Option<u64>,
@@ -131,6 +133,7 @@ impl Peer {
             current_generation: 0,
             starts_generation: false,
             bitmap_generations: [0; 8],
+            history: [0; HISTORY_LEN],
             state_revision: 0,
             promoting: None,
             exchange: None,

@@ -554,10 +554,10 @@ impl<H: Host> Manager<H> {
             return self.pull_again(slot);
         }
         let mut source =
-            crate::engine::meta::generation::Generations::new(theirs.current_generation);
-        source.history = theirs.history;
-        // It may have gone on since the session began.
-        source.start_sync_as_target(self.superblock.generations.current);
+            crate::engine::meta::generation::Generations::new(self.superblock.generations.current);
+        // What it told last; and what it was of when the session began, if it has gone on since.
+        source.history = self.peers[slot].history;
+        source.has_been(theirs.current_generation);
         self.superblock
             .generations
             .finish_sync_as_target(&source, slot);

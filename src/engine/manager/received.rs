@@ -57,6 +57,7 @@ impl<H: Host> Manager<H> {
             promotion: self.promotion,
             bits_set: self.masters[slot].count(),
             bitmap_generations,
+            history: self.superblock.generations.history,
         };
         let sequence = self.shared.next_control_sequence(slot);
         let command = PeerCommand::StatePut {
@@ -154,6 +155,7 @@ impl<H: Host> Manager<H> {
         peer.current_generation = body.current_generation;
         peer.starts_generation = body.generation_running;
         peer.bitmap_generations = body.bitmap_generations;
+        peer.history = body.history;
         peer.paused_by_peer = body.resync_paused;
         if body.role == Role::Primary && self.view.role == Role::Primary {
             return self.stand_alone(cx, slot, "both nodes are Primary; demote one");

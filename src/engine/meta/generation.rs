@@ -83,6 +83,19 @@ impl Generations {
         self.remember(generation);
     }
 
+    /// The data that is fetched from now on has this past, and what was here before is no part of it.
+    pub fn follow(&mut self, past: [u64; HISTORY]) {
+        self.history = past;
+        self.forget(self.current);
+    }
+
+    /// This data was of that generation too.
+    pub fn has_been(&mut self, generation: u64) {
+        if !self.history_contains(generation) {
+            self.remember(generation);
+        }
+    }
+
     /// The current generation never took effect: this data is of `earlier`, one of its past.
     pub fn go_back(&mut self, earlier: u64) {
         self.current = earlier;

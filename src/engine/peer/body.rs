@@ -3,6 +3,7 @@
 
 use super::command::{MAX_TRANSFER_BYTES, Span};
 use super::fields::{FieldReader, FieldWriter, LayoutError};
+use super::hello::HISTORY_LEN;
 use super::state::{ConnState, DiskState, Role};
 
 /// One byte of flags, `bool`s packed from bit 0 up; bits beyond them must be zero.
@@ -17,7 +18,7 @@ fn unpack_flags<const N: usize>(byte: u8) -> Option<[bool; N]> {
     (u32::from(byte) >> N == 0).then(|| std::array::from_fn(|bit| byte >> bit & 1 == 1))
 }
 
-/// What a node tells a connected peer about itself whenever it changes (StatePut). 128 bytes.
+/// What a node tells a connected peer about itself whenever it changes (StatePut). 256 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct StateBody {
     /// The sender's role.
@@ -50,11 +51,13 @@ pub struct StateBody {
     pub bits_set: u64,
     /// The generation of the bitmap that the sender keeps for each node, by node id: what it passes on to its sync target.
     pub bitmap_generations: [u64; 8],
+    /// The sender's earlier generations, newest first, 0 after the last: the past of who fetches from it.
+    pub history: [u64; HISTORY_LEN],
 }
 
 impl StateBody {
     /// Size on the wire.
-    pub const BYTES: usize = 128;
+    pub const BYTES: usize = 256;
 
     /// The body's bytes.
     pub fn emit(&self) -> [u8; Self::BYTES] {
@@ -78,8 +81,9 @@ impl StateBody {
             .u64(self.bits_set);
         self.bitmap_generations
             .iter()
+            .chain(&self.history)
             .fold(fields, |fields, &generation| fields.u64(generation))
-            .finish(112)
+            .finish(240)
     }
 
     /// The body in `bytes`.
@@ -109,8 +113,10 @@ impl StateBody {
             promotion: fields.u64()?,
             bits_set: fields.u64()?,
             bitmap_generations: [0; 8],
+            history: [0; HISTORY_LEN],
         };
-        for generation in &mut body.bitmap_generations {
+        let generations = body.bitmap_generations.iter_mut();
+        for generation in generations.chain(&mut body.history) {
             *generation = fields.u64()?;
         }
         fields.zeroes::<16>("reserved")?;
@@ -436,24 +442,28 @@ mod tests {
             any::<[u8; 2]>(),
             any::<[u64; 5]>(),
             any::<[u64; 8]>(),
+            any::<[u64; HISTORY_LEN]>(),
         )
             .prop_map(
-                |((role, disk, conn), flags, nodes, numbers, bitmap_generations)| StateBody {
-                    role,
-                    disk,
-                    conn,
-                    resync_paused: flags[0],
-                    io_suspended: flags[1],
-                    has_quorum: flags[2],
-                    generation_running: flags[3],
-                    connected_nodes: nodes[0],
-                    up_to_date_nodes: nodes[1],
-                    revision: numbers[0],
-                    current_generation: numbers[1],
-                    bitmap_generation: numbers[2],
-                    promotion: numbers[3],
-                    bits_set: numbers[4],
-                    bitmap_generations,
+                |((role, disk, conn), flags, nodes, numbers, bitmap_generations, history)| {
+                    StateBody {
+                        role,
+                        disk,
+                        conn,
+                        resync_paused: flags[0],
+                        io_suspended: flags[1],
+                        has_quorum: flags[2],
+                        generation_running: flags[3],
+                        connected_nodes: nodes[0],
+                        up_to_date_nodes: nodes[1],
+                        revision: numbers[0],
+                        current_generation: numbers[1],
+                        bitmap_generation: numbers[2],
+                        promotion: numbers[3],
+                        bits_set: numbers[4],
+                        bitmap_generations,
+                        history,
+                    }
                 },
             )
     }
@@ -580,6 +590,7 @@ mod tests {
             promotion: 1,
             bits_set: 0,
             bitmap_generations: [0; 8],
+            history: [0; HISTORY_LEN],
         };
         for (at, value) in [
             (0, 3u8),
@@ -587,13 +598,13 @@ mod tests {
             (2, 24),
             (3, 16),
             (6, 1),
-            (112, 1),
-            (127, 1),
+            (240, 1),
+            (255, 1),
         ] {
             let mut bytes = body.emit();
             bytes[at] = value;
             assert!(StateBody::parse(&bytes).is_err(), "byte {at} = {value}");
         }
-        assert!(StateBody::parse(&body.emit()[..127]).is_err());
+        assert!(StateBody::parse(&body.emit()[..255]).is_err());
     }
 }

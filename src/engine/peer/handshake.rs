@@ -86,13 +86,16 @@ pub enum Rule {
     ByHistoryBoth,
     /// As one of the two before, and the operator gave up the changes of exactly one.
     SplitBrainResolved,
+    /// As one of the two before, and exactly one is in the middle of a resync from somebody else who is not there. It has
+    /// given its data up already; whoever it was fetching from has what it got, and reports the split brain.
+    GivenUp,
     /// The two have never held the same data.
     Unrelated,
 }
 
 impl Rule {
     /// Every rule, in the order in which they are tried.
-    pub const ALL: [Rule; 27] = [
+    pub const ALL: [Rule; 28] = [
         Rule::SameNode,
         Rule::DisklessPrimary,
         Rule::NoDisk,
@@ -119,6 +122,7 @@ impl Rule {
         Rule::ByBitmapBoth,
         Rule::ByHistoryBoth,
         Rule::SplitBrainResolved,
+        Rule::GivenUp,
         Rule::Unrelated,
     ];
 }
@@ -226,7 +230,11 @@ pub fn decide(mine: &Hello, theirs: &Hello) -> Decision {
     } else {
         (theirs, mine)
     };
-    let pair = Pair { first, second };
+    let (in_first, in_second) = (in_effect(first, second), in_effect(second, first));
+    let pair = Pair {
+        first: &in_first,
+        second: &in_second,
+    };
     let Decision { rule, outcome } =
         pair.permitted(pair.by_state().unwrap_or_else(|| pair.by_data()));
     Decision {
@@ -470,9 +478,12 @@ impl Pair<'_> {
             None if mutation::is(Mutation::SplitBrainResolvedUnasked) => {
                 self.sync_to(rule, Side::Second, full)
             }
-            None => Decision {
-                rule,
-                outcome: Outcome::SplitBrain,
+            None => match self.only_towards(has_given_up) {
+                Some(target) => self.sync_to(Rule::GivenUp, target, true),
+                None => Decision {
+                    rule,
+                    outcome: Outcome::SplitBrain,
+                },
             },
         }
     }
@@ -622,6 +633,28 @@ fn before_start(one: &Hello) -> Option<Hello> {
         before.bitmap_generation = GENERATION_NONE;
     }
     Some(before)
+}
+
+/// The Hello as it is to be read: of a generation that was cut short, a sender that has no whole data has nothing but the
+/// number, unless the other has it too.
+fn in_effect(one: &Hello, other: &Hello) -> Hello {
+    let is_number_only = one.disk == DiskState::Inconsistent
+        && one.current_generation != GENERATION_JUST_CREATED
+        && one.current_generation != other.current_generation
+        && !mutation::is(Mutation::NeverTakenBack);
+    match before_start(one) {
+        Some(before) if is_number_only => before,
+        _ => *one,
+    }
+}
+
+/// It fetches all of its data, from nobody at present, and no application sees it; the other's is whole.
+fn has_given_up(one: &Hello, other: &Hello) -> bool {
+    one.disk == DiskState::Inconsistent
+        && one.role != Role::Primary
+        && !one.is_target
+        && !one.sees_primary
+        && other.disk == DiskState::UpToDate
 }
 
 /// The other's data is of a generation that this one's once was.

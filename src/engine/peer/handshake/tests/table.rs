@@ -633,6 +633,63 @@ fn by_generations() -> Vec<Case> {
             Outcome::SplitBrain,
         ),
         case(
+            "one is in the middle of a resync from somebody else who went on",
+            Hello {
+                disk: DiskState::Inconsistent,
+                ..ahead(first())
+            },
+            primary(apart(second())),
+            Rule::GivenUp,
+            FULL_TARGET,
+        ),
+        case(
+            "the same, and is connected to whom it fetches from",
+            Hello {
+                disk: DiskState::Inconsistent,
+                is_target: true,
+                ..ahead(first())
+            },
+            apart(second()),
+            Rule::ByBitmapBoth,
+            Outcome::SplitBrain,
+        ),
+        case(
+            "the same, and its application reads from whom it fetches from",
+            Hello {
+                disk: DiskState::Inconsistent,
+                ..primary(ahead(first()))
+            },
+            apart(second()),
+            Rule::ByBitmapBoth,
+            Outcome::SplitBrain,
+        ),
+        case(
+            "one has started a generation as a target, which nobody took, and the other is what it was the target of",
+            Hello {
+                disk: DiskState::Inconsistent,
+                starting: true,
+                ..ahead(first())
+            },
+            Hello {
+                bitmap_generation: NOW,
+                dirty_bits: 3,
+                ..second()
+            },
+            Rule::SyncInterrupted,
+            TARGET,
+        ),
+        case(
+            "the same, and the other has gone on",
+            Hello {
+                disk: DiskState::Inconsistent,
+                starting: true,
+                ..ahead(first())
+            },
+            apart(second()),
+            Rule::ByBitmap,
+            TARGET,
+        ),
+        case(
             "resolved, here gives up",
             discard(ahead(first())),
             primary(apart(second())),
