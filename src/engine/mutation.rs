@@ -139,6 +139,8 @@ mutations! {
     SplitBrainResolvedUnasked: "I9",
     /// Two nodes with changes of their own do not connect, and do not say why.
     SplitBrainUnreported: "I9",
+    /// A volume that is shut down starts a generation for writes that a peer has missed.
+    GenerationWhileShutDown: "I9",
     /// A Primary whose disk is attached again takes up no I/O.
     SuspendedForEver: "I10",
     /// A promotion goes on waiting for a peer that is lost.

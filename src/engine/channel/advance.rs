@@ -449,6 +449,10 @@ impl<H: Host> Channel<H> {
             return self.end(cx, index, AppStatus::Failed);
         }
         if unsettled != 0 && !mutation::is(Mutation::CompleteWithoutGeneration) {
+            if self.view.closing && !mutation::is(Mutation::GenerationWhileShutDown) {
+                // The node that the application uses next may be one of them, and would have another past.
+                return self.end(cx, index, AppStatus::Failed);
+            }
             self.need_generation(cx, unsettled);
             return Step::Wait;
         }

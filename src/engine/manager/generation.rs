@@ -73,8 +73,20 @@ impl<H: Host> Manager<H> {
         self.generation.agreed = 0;
     }
 
+    /// A volume that is shut down: whoever is lost meanwhile may be where its application goes, and would have another past.
+    fn needs_every_peer(&self) -> bool {
+        self.closing
+            && !mutation::is(Mutation::GoodbyeBeforeClosing)
+            && !mutation::is(Mutation::GenerationWhileShutDown)
+    }
+
     /// Writes wait to complete without the peers in `slots`, or, with [`LOCAL_MASK`], without a disk here.
     pub(super) fn need_generation(&mut self, cx: &mut H, slots: u8) {
+        let slots = if self.needs_every_peer() {
+            slots & LOCAL_MASK
+        } else {
+            slots
+        };
         // A disk that is still failing asks for itself when the peers know what it lacks so far.
         // One that asks late, when there is such a generation, needs no other: a peer that did not get it before it was
         // lost would be refused for ever.
@@ -255,6 +267,9 @@ impl<H: Host> Manager<H> {
         // Somebody has to remember it.
         if bump.without_own_disk && bump.taken != 0 && self.view.disk <= DiskState::Failed {
             self.view.own_disk_may_miss = true;
+        }
+        if self.needs_every_peer() {
+            again &= LOCAL_MASK;
         }
         if self.view.own_disk_may_miss {
             again &= !LOCAL_MASK;
