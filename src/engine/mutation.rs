@@ -36,6 +36,8 @@ impl Mutation {
             // With two there is nobody else who lacks what is fetched.
             Mutation::SpreadNotDurable => 3,
             Mutation::OldPeerReadFrom | Mutation::SessionDuringPromotion => 3,
+            // With two the Primary's only source comes back with what it has told.
+            Mutation::StartedGenerationKept => 3,
             _ => 2,
         }
     }
@@ -149,6 +151,8 @@ mutations! {
     NoAnswerWhenFenced: "I10",
     /// Extents never leave the activity log.
     LogStaysFull: "I10",
+    /// A Primary without its data keeps a generation that it could tell nobody.
+    StartedGenerationKept: "I10",
     /// A link that was lost is not opened again.
     LinkNeverOpenedAgain: "I10",
     /// A generation that was cut short counts as one that something was written under.

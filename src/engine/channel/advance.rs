@@ -444,8 +444,12 @@ impl<H: Host> Channel<H> {
             .filter(|&slot| request.missed & (1 << slot) != 0)
             .filter(|&slot| self.view.peers[slot].configured && !self.view.peers[slot].may_miss)
             .fold(0u8, |mask, slot| mask | 1 << slot);
-        if request.missed != 0 && !self.view.has_data() {
-            // Nobody is left who could remember that some have it and some have not.
+        let has_latest = |slot: usize| self.view.peers[slot].has_latest();
+        let is_remembered = self.view.disk == DiskState::UpToDate
+            || (0..MAX_PEERS).any(|slot| unsettled & (1 << slot) == 0 && has_latest(slot));
+        if request.missed != 0 && !is_remembered {
+            // Nobody is left who could remember that some have it and some have not. Who has missed it may be all that is
+            // left, and the source of this disk: it would wait for that in vain, and the resync for its range.
             return self.end(cx, index, AppStatus::Failed);
         }
         if unsettled != 0 && !mutation::is(Mutation::CompleteWithoutGeneration) {

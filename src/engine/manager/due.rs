@@ -24,6 +24,7 @@ impl<H: Host> Manager<H> {
         let others = [
             self.pull_due_ns(),
             self.compare_due_ns(),
+            self.has_become_newest().then_some(0),
             self.reattach_until_ns,
         ];
         peers

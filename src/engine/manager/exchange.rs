@@ -224,22 +224,24 @@ impl<H: Host> Manager<H> {
         }
         self.peers[slot].current_generation = body.source_generation;
         let rule = self.peers[slot].decision.map(|decision| decision.rule);
-        let past = self.peers[slot].history;
-        let generations = &mut self.superblock.generations;
-        generations.start_sync_as_target(body.source_generation);
+        // What it had when the session began is its past if it has gone on since.
+        let mut past = self.peers[slot].history.to_vec();
+        if let Some(hello) = self.peers[slot].their_hello
+            && !past.contains(&hello.current_generation)
+        {
+            past.insert(0, hello.current_generation);
+        }
+        self.superblock
+            .generations
+            .start_sync_as_target(body.source_generation, &past);
         self.generation_changed();
         let source = self.peers[slot].their_hello;
         self.superblock.flags.starting = source.is_some_and(|source| {
             source.starting && source.current_generation == body.source_generation
         });
-        let generations = &mut self.superblock.generations;
         if rule == Some(Rule::GivenUp) {
             // What this node was on the way to before is another's: who has it is not behind.
-            generations.follow(past);
-            generations.bitmap = [NONE; MAX_PEERS];
-        } else if self.superblock.flags.starting {
-            // What it is taken back to is the source's past.
-            generations.follow(past);
+            self.superblock.generations.bitmap = [NONE; MAX_PEERS];
         }
         self.inherit_generations(slot);
         self.view.disk = DiskState::Inconsistent;

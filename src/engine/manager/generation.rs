@@ -123,8 +123,14 @@ impl<H: Host> Manager<H> {
             .filter(|&slot| self.view.peers[slot].configured)
             .filter(|&slot| slots & (1 << slot) != 0 || !self.view.peers[slot].has_latest())
             .fold(0u8, |mask, slot| mask | 1 << slot);
-        let old = self.superblock.generations.current;
         let has_data = self.metadata.enabled && self.view.disk == DiskState::UpToDate;
+        // The last one reached nobody, as far as is known: whoever can take this one is of the generation before.
+        let takes_back = !has_data && self.was_cut_short();
+        let old = if takes_back {
+            self.superblock.generations.history[0]
+        } else {
+            self.superblock.generations.current
+        };
         // Whoever has other data refuses it.
         let has_same =
             |slot: PeerSlot| self.peers[slot].current_generation == old || self.exposed.is_some();
@@ -142,6 +148,10 @@ impl<H: Host> Manager<H> {
             || (self.has_third_nodes() && missing & !self.generation.agreed != 0)
             || self.has_shared_generation()
             || self.generation.taken_back.is_some();
+        if needed && takes_back {
+            self.generation.taken_back = Some(self.superblock.generations.current);
+            self.superblock.generations.take_back();
+        }
         let mut taken_back = None;
         if needed {
             let new = loop {
@@ -157,7 +167,8 @@ impl<H: Host> Manager<H> {
             self.superblock.generations.bump(new, missing);
             self.generation_changed();
             self.superblock.flags.told = self.has_third_nodes();
-            self.generation.starting = self.has_third_nodes() && self.metadata.enabled;
+            self.generation.starting =
+                !has_data || (self.has_third_nodes() && self.metadata.enabled);
             self.superblock.flags.starting = self.generation.starting;
             self.hello_changed(cx);
         }
@@ -244,13 +255,13 @@ impl<H: Host> Manager<H> {
     }
 
     fn check_generation(&mut self, cx: &mut H) {
+        let has_data = self.metadata.enabled && self.view.disk == DiskState::UpToDate;
         let bump = &mut self.generation;
         if !bump.running || !bump.local_done || bump.waiting != 0 {
             return;
         }
-        // Beside a disk that lacks data it takes a peer: else nothing can be written under it.
-        let takes_effect = bump.taken != 0 || self.view.disk == DiskState::UpToDate;
-        if bump.starting && takes_effect && std::mem::take(&mut self.superblock.flags.starting) {
+        let is_somewhere = bump.taken != 0 || has_data;
+        if is_somewhere && bump.starting && std::mem::take(&mut self.superblock.flags.starting) {
             // From here on something may be written under it, and nobody must take it back after a crash.
             bump.local_done = false;
             let round = bump.round;
@@ -258,7 +269,9 @@ impl<H: Host> Manager<H> {
         }
         bump.starting = false;
         bump.running = false;
-        bump.agreed |= bump.missing;
+        if is_somewhere || !self.superblock.flags.starting {
+            bump.agreed |= bump.missing;
+        }
         let mut again = std::mem::take(&mut bump.again);
         if !matches!(self.view.disk, DiskState::Diskless | DiskState::Failed) {
             // The disk is back: a generation without it would be its own.

@@ -10,7 +10,7 @@ use crate::engine::MAX_PEERS;
 use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::command::PeerCommand;
-use crate::engine::peer::handshake::{Decision, Outcome, RefuseReason, Rule, decide};
+use crate::engine::peer::handshake::{Decision, Outcome, RefuseReason, Rule, decide, takes_back};
 use crate::engine::peer::hello::{
     self, CREDITS_MIN, Hello, IncompatibleReason, PROTOCOL_VERSIONS, feature, negotiate, session_id,
 };
@@ -131,6 +131,7 @@ impl<H: Host> Manager<H> {
         let superblock = &self.superblock;
         let generations = &superblock.generations;
         let role = self.told_role();
+        let is_exposed = self.exposed.is_some() && !self.view.disk_is_usable();
         Hello {
             protocol_min: PROTOCOL_VERSIONS.0,
             protocol_max: PROTOCOL_VERSIONS.1,
@@ -153,10 +154,12 @@ impl<H: Host> Manager<H> {
             is_target: self.is_target(Some(slot)),
             told: superblock.flags.told,
             starting: self.was_cut_short()
-                && !self.is_promoting()
-                && (role != Role::Primary || self.view.disk == DiskState::Inconsistent),
+                && !is_exposed
+                && (self.view.disk <= DiskState::Inconsistent
+                    || (role != Role::Primary && !self.is_promoting())),
+            has_others: self.view.disk == DiskState::Outdated && self.has_third_nodes(),
             current_generation: match self.exposed {
-                Some(exposed) if !self.view.disk_is_usable() => exposed,
+                Some(exposed) if is_exposed => exposed,
                 _ => generations.current,
             },
             bitmap_generation: generations.bitmap[slot],
@@ -356,7 +359,9 @@ impl<H: Host> Manager<H> {
             // A Primary without its disk may get that back.
             let may_pass = match decision.outcome {
                 Outcome::Refuse(RefuseReason::NotWhatPrimarySaw) => true,
-                Outcome::SplitBrain | Outcome::Refuse(_) => self.has_third_nodes(),
+                Outcome::SplitBrain | Outcome::Unrelated | Outcome::Refuse(_) => {
+                    self.has_third_nodes()
+                }
                 _ => false,
             };
             if let (Some(text), true) = (refusal(&decision), may_pass) {
@@ -531,6 +536,7 @@ impl<H: Host> Manager<H> {
             self.end_other_resyncs(cx, slot, text);
             self.hello_changed(cx);
         }
+        self.settle_start(cx, &mine, &theirs);
         if decision.rule == Rule::TakenBack
             && matches!(
                 decision.outcome,
@@ -566,6 +572,26 @@ impl<H: Host> Manager<H> {
             self.hello_changed(cx);
         }
         self.adopt(cx, Then::Session(slot, epoch, SessionStep::Entered));
+    }
+
+    /// What has become of a generation that was started here, where the data is not: this peer has it, or it never was.
+    fn settle_start(&mut self, cx: &mut H, mine: &Hello, theirs: &Hello) {
+        if !mine.starting || mine.disk > DiskState::Inconsistent {
+            return;
+        }
+        if takes_back(mine, theirs) {
+            self.superblock.generations.take_back();
+            self.superblock.flags.told = false;
+        } else if !theirs.has_data()
+            || theirs.starting
+            || theirs.current_generation != mine.current_generation
+        {
+            return;
+        }
+        self.generation_changed();
+        self.commit_superblock(cx, Then::Nothing);
+        self.tell_all();
+        self.hello_changed(cx);
     }
 
     /// There is newer data than this node has, and it cannot have it yet.

@@ -6,7 +6,7 @@
 //!
 //! `steps` counts channels in; `metadata` writes; `session` connects, by a `handshake`; `exchange` and `source` resync from here, `pull`
 //! to here; `generation` starts generations; `received` is what the nodes of a session tell
-//! each other, each once, which `known` sees to; `compare` is for three nodes and more; `orders` are the operator's, of which `promote` has to be
+//! each other, each once, which `known` sees to; `compare` and `newest` are for three nodes and more; `orders` are the operator's, of which `promote` has to be
 //! agreed and `demote` taken in; `report` is what they see; `due` is when it wants to be polled.
 
 mod close;
@@ -19,6 +19,7 @@ mod generation;
 mod handshake;
 mod known;
 mod metadata;
+mod newest;
 mod orders;
 mod outbox;
 mod peer;
@@ -277,6 +278,7 @@ impl<H: Host> Manager<H> {
         self.poll_pull(cx);
         self.poll_compare(cx);
         self.poll_generation(cx);
+        self.poll_newest(cx);
         self.poll_orders(cx);
         if self
             .reattach_until_ns

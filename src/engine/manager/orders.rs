@@ -478,7 +478,7 @@ impl<H: Host> Manager<H> {
             let text = format!("the disk is {}; try again", self.view.disk);
             return Some(busy(text));
         }
-        if self.view.read_source(0).is_none() || !self.metadata.enabled {
+        if !self.has_another() || !self.metadata.enabled {
             return Some(busy(
                 "no connected peer is UpToDate, so there is nothing to fetch the data from",
             ));

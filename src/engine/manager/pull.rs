@@ -515,7 +515,7 @@ impl<H: Host> Manager<H> {
         if is_current || self.view.role == Role::Primary || self.peers[slot].starts_generation {
             return self.ask_finish(slot, Call::FinishAsk);
         }
-        self.superblock.generations.start_sync_as_target(generation);
+        self.superblock.generations.follow_source(generation);
         self.generation_changed();
         self.hello_changed(cx);
         let epoch = self.peers[slot].epoch;
@@ -563,6 +563,10 @@ impl<H: Host> Manager<H> {
             .finish_sync_as_target(&source, slot);
         self.inherit_generations(slot);
         self.superblock.disk = PersistedDisk::UpToDate;
+        // This disk has everything, whatever it lacked before, and whatever becomes of its generation.
+        for peer in self.superblock.peers.iter_mut().flatten() {
+            peer.full_sync = false;
+        }
         self.settle_crash(slot);
         let epoch = self.peers[slot].epoch;
         self.commit_pages(cx, Then::Nothing);

@@ -83,12 +83,6 @@ impl Generations {
         self.remember(generation);
     }
 
-    /// The data that is fetched from now on has this past, and what was here before is no part of it.
-    pub fn follow(&mut self, past: [u64; HISTORY]) {
-        self.history = past;
-        self.forget(self.current);
-    }
-
     /// This data was of that generation too.
     pub fn has_been(&mut self, generation: u64) {
         if !self.history_contains(generation) {
@@ -102,14 +96,36 @@ impl Generations {
         self.forget(earlier);
     }
 
+    /// The current generation, which was started where the data is not, never took effect. Whoever was to miss it had the one
+    /// before, as far as is known here.
+    pub fn take_back(&mut self) {
+        let earlier = self.history[0];
+        for bitmap in &mut self.bitmap {
+            if *bitmap == earlier {
+                *bitmap = NONE;
+            }
+        }
+        self.go_back(earlier);
+    }
+
     /// A resync towards the peer of this slot begins: when it ends the peer has the current generation.
     pub fn start_sync_as_source(&mut self, slot: usize) {
         self.bitmap[slot] = self.current;
     }
 
-    /// A resync from a peer with this current generation begins. The disk must be Inconsistent from now on
-    /// until the resync is finished.
-    pub fn start_sync_as_target(&mut self, source_current: u64) {
+    /// A resync from a peer with this current generation and this past begins. The disk must be Inconsistent from now on
+    /// until the resync is finished. What is to be replaced may be other than what the source has gone on from, as when it
+    /// was given up: who has that still does not have the past of this data.
+    pub fn start_sync_as_target(&mut self, source_current: u64, past: &[u64]) {
+        self.history = [NONE; HISTORY];
+        self.current = source_current;
+        for &generation in past.iter().rev() {
+            self.remember(generation);
+        }
+    }
+
+    /// The source of a running resync has gone on to this generation.
+    pub fn follow_source(&mut self, source_current: u64) {
         self.become_current(source_current);
     }
 
@@ -217,7 +233,7 @@ mod tests {
         let mut target = source.clone();
         source.bump(0x20, 1);
         source.start_sync_as_source(0);
-        target.start_sync_as_target(source.current);
+        target.start_sync_as_target(source.current, &source.history);
         assert_eq!((target.current, past(&target)), (0x20, vec![0x10]));
         source.finish_sync_as_source(0);
         target.finish_sync_as_target(&source, 0);
@@ -228,14 +244,14 @@ mod tests {
     }
 
     #[test]
-    fn a_target_inherits_the_sources_past() {
+    fn a_target_has_the_sources_past_and_no_other() {
         let mut source = Generations::new(0x10);
         source.bump(0x20, 1);
         source.bump(0x30, 1);
         let mut target = Generations::new(0x90);
-        target.start_sync_as_target(0x30);
+        target.start_sync_as_target(0x30, &source.history);
         target.finish_sync_as_target(&source, 0);
-        assert_eq!(past(&target), [0x20, 0x10, 0x90]);
+        assert_eq!(past(&target), [0x20, 0x10]);
     }
 
     #[test]
@@ -243,7 +259,7 @@ mod tests {
         let mut source = Generations::new(0x10);
         let mut target = Generations::new(JUST_CREATED);
         source.start_sync_as_source(0);
-        target.start_sync_as_target(source.current);
+        target.start_sync_as_target(source.current, &source.history);
         source.bump(0x20, 0b10);
         assert_eq!(source.bitmap[0], 0x10);
         target.finish_sync_as_target(&source, 0);
@@ -252,13 +268,23 @@ mod tests {
 
     #[test]
     fn what_was_on_the_way_to_a_generation_does_not_have_it_as_its_past() {
-        let mut target = Generations::new(10);
-        target.start_sync_as_target(20);
+        let mut target = Generations::new(6);
+        target.start_sync_as_target(20, &[10, NONE]);
         target.bitmap[1] = 20;
         target.declare_partial(30);
         assert_eq!(target.current, 30);
         assert!(target.history_contains(10) && !target.history_contains(20));
         assert_eq!(target.bitmap[1], NONE);
+    }
+
+    #[test]
+    fn a_generation_that_is_taken_back_leaves_no_trace() {
+        let mut mine = Generations::new(0x10);
+        mine.bump(0x20, 1 << 1);
+        let before = mine.clone();
+        mine.bump(0x30, 0b11);
+        mine.take_back();
+        assert_eq!(mine, before);
     }
 
     proptest! {
@@ -271,7 +297,7 @@ mod tests {
                 match kind {
                     0 | 1 if new != mine.current => mine.bump(new, 1 << slot),
                     2 => mine.start_sync_as_source(slot),
-                    3 => mine.start_sync_as_target(other.current),
+                    3 => mine.start_sync_as_target(other.current, &other.history),
                     4 => mine.finish_sync_as_source(slot),
                     5 => { mine.finish_sync_as_target(&other, slot); std::mem::swap(&mut mine, &mut other); }
                     _ => (),

@@ -11,20 +11,25 @@
 //!   the target becomes its current one.
 //! - A resync ends with the target durably UpToDate; then the source's bitmap generation becomes 0.
 
+mod started;
+
 use std::fmt;
 
 use thiserror::Error;
 
-use super::hello::{GENERATION_JUST_CREATED, GENERATION_NONE, HISTORY_LEN, Hello};
+use super::hello::{GENERATION_JUST_CREATED, GENERATION_NONE, Hello};
 use super::state::{DiskState, Role};
 use crate::engine::mutation::{self, Mutation};
+use started::{before_start, in_effect};
+
+pub use started::takes_back;
 
 /// Which rule decided. Its documentation says what state of the two nodes leads to it; "one" and "the
 /// other" may be either of the two, the outcome says which.
 ///
 /// The rules are tried in this order, but for a split brain that bitmap generations show only if no history
-/// settles it. Up to `FullSyncWanted` it does not matter whose data is newer; from
-/// `BothInconsistent` to `ReconcileByNodeId` both have the same current generation.
+/// settles it, and for `TakenBack` of one that lacks the data, which comes first. Up to `FullSyncWanted` it does not
+/// matter whose data is newer; from `BothInconsistent` to `ReconcileByNodeId` both have the same current generation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Rule {
     /// Both Hellos come from the same node id: a node was connected to itself, or configured twice.
@@ -78,7 +83,8 @@ pub enum Rule {
     /// that the other lacks. The other went on from the generation before.
     CountedIn,
     /// A Primary was cut short while it started a generation, under which nothing was written, and the other went on from the
-    /// one before.
+    /// one before; or it started that without having the data itself, nobody is known to have taken it, and the other is of
+    /// the one before.
     TakenBack,
     /// Both went on as Primary after they lost each other: bitmap generations show the common start.
     ByBitmapBoth,
@@ -230,13 +236,14 @@ pub fn decide(mine: &Hello, theirs: &Hello) -> Decision {
     } else {
         (theirs, mine)
     };
-    let (in_first, in_second) = (in_effect(first, second), in_effect(second, first));
+    let is_taken_back = takes_back(first, second) || takes_back(second, first);
     let pair = Pair {
-        first: &in_first,
-        second: &in_second,
+        first: &in_effect(first, second),
+        second: &in_effect(second, first),
     };
     let Decision { rule, outcome } =
         pair.permitted(pair.by_state().unwrap_or_else(|| pair.by_data()));
+    let rule = if is_taken_back { Rule::TakenBack } else { rule };
     Decision {
         rule,
         outcome: if mine_is_first {
@@ -299,6 +306,11 @@ impl Pair<'_> {
         if let Some(target) = self.only(|one| one.wants_full_sync) {
             let (invalidated, source) = self.with_other(target);
             if source.disk > DiskState::Inconsistent {
+                // It was told to fetch what the volume has, and that is none of it.
+                let decision = self.by_data();
+                if decision.rule == Rule::Unrelated {
+                    return Some(decision);
+                }
                 // It was told to fetch what there is, not to go back to what it once had.
                 if knows_as_past(invalidated, source) && !knows_as_past(source, invalidated) {
                     return Some(Decision {
@@ -408,6 +420,8 @@ impl Pair<'_> {
             one.told
                 && one.bitmap_generation == GENERATION_NONE
                 && other.role == Role::Primary
+                // One that lacks the data can only take it.
+                && other.disk > DiskState::Inconsistent
                 && remembers(one, other)
         };
         if let Some(target) = self.only_towards(counted_in_primary) {
@@ -519,6 +533,23 @@ impl Pair<'_> {
     /// target already and still on its way to the source.
     fn deferred(&self, decision: Decision) -> Decision {
         let Pair { first, second } = *self;
+        // A third node may have what an Outdated one lacks, and be the source of both.
+        let is_source = |one: &Hello| one.has_others && one.disk == DiskState::Outdated;
+        match decision.outcome {
+            Outcome::SyncSource { .. } if is_source(first) => {
+                return Decision {
+                    outcome: Outcome::Ahead,
+                    ..decision
+                };
+            }
+            Outcome::SyncTarget { .. } if is_source(second) => {
+                return Decision {
+                    outcome: Outcome::Behind,
+                    ..decision
+                };
+            }
+            _ => {}
+        }
         let has_primary = first.role == Role::Primary || second.role == Role::Primary;
         let sees_primary = !has_primary && (first.sees_primary || second.sees_primary);
         if !sees_primary && !first.is_target && !second.is_target {
@@ -614,38 +645,6 @@ fn is_left_behind(rule: Rule, source: &Hello) -> bool {
         && is_missing
         && source.role == Role::Primary
         && source.disk == DiskState::Inconsistent
-}
-
-/// The sender as it was before it started its current generation, if that was cut short.
-fn before_start(one: &Hello) -> Option<Hello> {
-    let current_generation = one.history[0];
-    if !one.starting || !is_past(current_generation) {
-        return None;
-    }
-    let mut before = Hello {
-        starting: false,
-        current_generation,
-        ..*one
-    };
-    before.history.rotate_left(1);
-    before.history[HISTORY_LEN - 1] = GENERATION_NONE;
-    if before.bitmap_generation == current_generation {
-        before.bitmap_generation = GENERATION_NONE;
-    }
-    Some(before)
-}
-
-/// The Hello as it is to be read: of a generation that was cut short, a sender that has no whole data has nothing but the
-/// number, unless the other has it too.
-fn in_effect(one: &Hello, other: &Hello) -> Hello {
-    let is_number_only = one.disk == DiskState::Inconsistent
-        && one.current_generation != GENERATION_JUST_CREATED
-        && one.current_generation != other.current_generation
-        && !mutation::is(Mutation::NeverTakenBack);
-    match before_start(one) {
-        Some(before) if is_number_only => before,
-        _ => *one,
-    }
 }
 
 /// It fetches all of its data, from nobody at present, and no application sees it; the other's is whole.

@@ -84,6 +84,8 @@ pub struct Hello {
     pub told: bool,
     /// The sender's current generation was cut short: nothing was written under it, and nothing will be.
     pub starting: bool,
+    /// The sender is Outdated, and a node that is not the receiver may have what it lacks.
+    pub has_others: bool,
     /// The sender's current generation. Of a diskless Primary: the generation of the data that its
     /// application has seen.
     pub current_generation: u64,
@@ -124,6 +126,7 @@ impl Hello {
             self.is_target,
             self.told,
             self.starting,
+            self.has_others,
         ];
         let flags = flags
             .iter()
@@ -190,7 +193,7 @@ impl Hello {
         })?;
         fields.zeroes::<1>("reserved")?;
         let flags = fields.u32()?;
-        if flags >> 10 != 0 {
+        if flags >> 11 != 0 {
             return Err(fields.bad_value("flags", u64::from(flags)));
         }
         let flag = |bit: u32| flags >> bit & 1 == 1;
@@ -272,6 +275,7 @@ impl Hello {
             is_target: flag(7),
             told: flag(8),
             starting: flag(9),
+            has_others: flag(10),
             current_generation,
             bitmap_generation,
             history,

@@ -27,6 +27,7 @@ pub(in super::super) fn hello_of(node_id: u8, peer_node_id: u8, current_generati
         is_target: false,
         told: false,
         starting: false,
+        has_others: false,
         current_generation,
         bitmap_generation: GENERATION_NONE,
         history: [GENERATION_NONE; HISTORY_LEN],
@@ -76,6 +77,7 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
         flag(),
         flag(),
         flag(),
+        flag(),
     );
     let role = prop::sample::select(&Role::ALL[1..]);
     (
@@ -114,6 +116,7 @@ pub(in super::super) fn any_hello(node_id: u8, peer_node_id: u8) -> impl Strateg
                     is_target: flags.7,
                     told: flags.8,
                     starting: flags.9,
+                    has_others: flags.10,
                     nonce,
                     ..hello_of(node_id, peer_node_id, current)
                 }

@@ -183,11 +183,24 @@ fn by_state_and_disk() -> Vec<Case> {
             FULL_TARGET,
         ),
         case(
-            "invalidated there, of other data",
-            first(),
-            wants_full(hello_of(1, 0, OTHER)),
+            "invalidated there, of data with changes of its own",
+            Hello {
+                history: history(&[OLD]),
+                ..first()
+            },
+            wants_full(Hello {
+                history: history(&[OLD]),
+                ..hello_of(1, 0, OTHER)
+            }),
             Rule::FullSyncWanted,
             FULL_SOURCE,
+        ),
+        case(
+            "invalidated there, and never the same",
+            first(),
+            wants_full(hello_of(1, 0, OTHER)),
+            Rule::Unrelated,
+            Outcome::Unrelated,
         ),
         case(
             "invalidated here, and the other is behind",
@@ -404,6 +417,12 @@ fn reconciled() -> Vec<Case> {
 }
 
 fn by_generations() -> Vec<Case> {
+    let starting = |hello: Hello| Hello {
+        role: Role::Primary,
+        disk: DiskState::Inconsistent,
+        starting: true,
+        ..hello
+    };
     let primary = |hello: Hello| Hello {
         role: Role::Primary,
         ..hello
@@ -610,6 +629,61 @@ fn by_generations() -> Vec<Case> {
             },
             Rule::CountedIn,
             TARGET,
+        ),
+        case(
+            "a Primary without its data has told nobody of its generation",
+            starting(went_on(first(), NOW, NEXT)),
+            second(),
+            Rule::TakenBack,
+            TARGET,
+        ),
+        case(
+            "the same, and the other went on from the one before",
+            starting(went_on(first(), NOW, NEXT)),
+            went_on(second(), NOW, OTHER),
+            Rule::TakenBack,
+            TARGET,
+        ),
+        case(
+            "the same, but the other has taken it",
+            starting(went_on(first(), NOW, NEXT)),
+            Hello {
+                bitmap_generation: GENERATION_NONE,
+                ..went_on(second(), NOW, NEXT)
+            },
+            Rule::MissedStart,
+            TARGET,
+        ),
+        case(
+            "the same, and the other is older still",
+            Hello {
+                history: history(&[NOW, OLD]),
+                ..starting(went_on(first(), NOW, NEXT))
+            },
+            hello_of(1, 0, OLD),
+            Rule::ByHistory,
+            Outcome::Ahead,
+        ),
+        case(
+            "one is newer, and Outdated, and a third node may have what it lacks",
+            Hello {
+                disk: DiskState::Outdated,
+                has_others: true,
+                ..went_on(first(), NOW, NEXT)
+            },
+            second(),
+            Rule::ByBitmap,
+            Outcome::Ahead,
+        ),
+        case(
+            "a Primary without disk has told nobody of its generation",
+            Hello {
+                disk: DiskState::Diskless,
+                ..starting(went_on(first(), NOW, NEXT))
+            },
+            second(),
+            Rule::TakenBack,
+            NO_SYNC,
         ),
         case(
             "both went on long ago",

@@ -332,12 +332,14 @@ impl World {
                     .for_each(|node| node.dirty[block] = dirty);
             }
         }
-        let source_current = self.nodes[source].generations.current;
+        let Generations {
+            current, history, ..
+        } = self.nodes[source].generations.clone();
         if steps >= 2 {
             let target = &mut self.nodes[target];
             target.disk = DiskState::Inconsistent;
             target.contains.clear();
-            target.generations.start_sync_as_target(source_current);
+            target.generations.start_sync_as_target(current, &history);
         }
         if steps >= 3 {
             self.nodes[source].generations.start_sync_as_source(SLOT);
