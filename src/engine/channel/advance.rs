@@ -444,9 +444,15 @@ impl<H: Host> Channel<H> {
             .filter(|&slot| request.missed & (1 << slot) != 0)
             .filter(|&slot| self.view.peers[slot].configured && !self.view.peers[slot].may_miss)
             .fold(0u8, |mask, slot| mask | 1 << slot);
+        if request.kind == RequestKind::Flush && self.flush_who_is_back(index, unsettled) {
+            return self.enter(index, Stage::Send);
+        }
         let has_latest = |slot: usize| self.view.peers[slot].has_latest();
         let is_remembered = self.view.disk == DiskState::UpToDate
             || (0..MAX_PEERS).any(|slot| unsettled & (1 << slot) == 0 && has_latest(slot));
+        let Some(request) = self.requests.get(index) else {
+            return Step::Leave;
+        };
         if request.missed != 0 && !is_remembered {
             // Nobody is left who could remember that some have it and some have not. Who has missed it may be all that is
             // left, and the source of this disk: it would wait for that in vain, and the resync for its range.
@@ -461,6 +467,26 @@ impl<H: Host> Channel<H> {
             return Step::Wait;
         }
         self.end(cx, index, AppStatus::Ok)
+    }
+
+    /// A peer that a flush has missed, and that gets writes again, flushes now: it would else be gone on without though it is
+    /// there, and of an older generation than the data that it has. False if there is none.
+    fn flush_who_is_back(&mut self, index: u16, unsettled: u8) -> bool {
+        let Some(request) = self.requests.get_mut(index) else {
+            return false;
+        };
+        let mut is_any = false;
+        for (slot, peer) in self.view.peers.iter().enumerate() {
+            // In the session that it has failed in it would fail again.
+            let is_new = request.legs[slot].session != peer.send_session;
+            if unsettled & (1 << slot) != 0 && peer.is_remote() && is_new {
+                request.missed &= !(1 << slot);
+                request.tried &= !(1 << slot);
+                request.assign_peer(slot, peer.send_session);
+                is_any = true;
+            }
+        }
+        is_any
     }
 
     /// Gives back what the request holds of the volume.

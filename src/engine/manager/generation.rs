@@ -11,6 +11,7 @@ use crate::engine::mutation::{self, Mutation};
 use crate::engine::peer::answer::PeerAnswer;
 use crate::engine::peer::body::NewGenerationBody;
 use crate::engine::peer::command::PeerCommand;
+use crate::engine::peer::handshake::Outcome;
 use crate::engine::peer::state::{ConnState, DiskState, Role};
 use crate::engine::request::LOCAL_MASK;
 use crate::host::{Host, PeerSlot};
@@ -87,6 +88,10 @@ impl<H: Host> Manager<H> {
         } else {
             slots
         };
+        // Who is in sync again lacks nothing: the flush that has missed it goes to it under the view that says so.
+        let slots = (0..MAX_PEERS)
+            .filter(|&slot| self.is_in_sync(slot))
+            .fold(slots, |slots, slot| slots & !(1 << slot));
         // A disk that is still failing asks for itself when the peers know what it lacks so far.
         // One that asks late, when there is such a generation, needs no other: a peer that did not get it before it was
         // lost would be refused for ever.
@@ -96,6 +101,18 @@ impl<H: Host> Manager<H> {
         if slots & !LOCAL_MASK != 0 || without_own_disk {
             self.start_generation(cx, slots & !LOCAL_MASK, without_own_disk);
         }
+    }
+
+    /// This peer has had everything since a decision or a resync said so; a session that only connects does not say that.
+    fn is_in_sync(&self, slot: PeerSlot) -> bool {
+        let outcome = self.peers[slot].decision.map(|decision| decision.outcome);
+        self.view.peers[slot].conn == ConnState::Connected
+            && self.view.peers[slot].has_latest()
+            && self.masters[slot].is_empty()
+            && matches!(
+                outcome,
+                Some(Outcome::InSync | Outcome::SyncSource { .. } | Outcome::SyncTarget { .. })
+            )
     }
 
     /// Goes on without `slots`, and without whoever else lacks the latest data. `without_own_disk`: and without this
@@ -327,6 +344,11 @@ impl<H: Host> Manager<H> {
         bump.waiting = 0;
         bump.again = 0;
         bump.taken_back = taken_back;
+    }
+
+    /// This generation, which peers may have been told, never took effect.
+    pub(super) fn generation_taken_back(&mut self, generation: u64) {
+        self.generation.taken_back = Some(generation);
     }
 
     /// This Primary has the latest data under a generation that others may have taken back, or that others are behind

@@ -582,6 +582,10 @@ impl<H: Host> Manager<H> {
         if takes_back(mine, theirs) {
             self.superblock.generations.take_back();
             self.superblock.flags.told = false;
+            if self.view.role == Role::Primary {
+                // Somebody may have taken it and not been able to say so: the next one that it starts names it.
+                self.generation_taken_back(mine.current_generation);
+            }
         } else if !theirs.has_data()
             || theirs.starting
             || theirs.current_generation != mine.current_generation

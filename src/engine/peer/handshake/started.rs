@@ -26,6 +26,8 @@ pub(super) fn in_effect(one: &Hello, other: &Hello) -> Hello {
     let is_number_only = one.disk == DiskState::Inconsistent
         && is_past(one.current_generation)
         && one.current_generation != other.current_generation
+        // One that is older is so whatever has become of it.
+        && !one.history.contains(&other.current_generation)
         && !mutation::is(Mutation::NeverTakenBack)
         && !mutation::is(Mutation::StartedGenerationKept);
     match before_start(one) {
