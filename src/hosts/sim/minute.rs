@@ -15,7 +15,7 @@ const RESTART_AT: u64 = 17;
 
 /// The trace hash of seed 1. It changes with whatever the engine does differently; a build that finds another one than
 /// the others is not deterministic.
-pub const HASH_OF_SEED_1: u64 = 0x8a93_8050_5b79_6142;
+pub const HASH_OF_SEED_1: u64 = 0xd635_5d16_f5f4_24f5;
 
 /// The world at the end of the minute, settled and checked.
 pub fn run(seed: u64) -> World {

@@ -749,7 +749,7 @@ fn by_generations() -> Vec<Case> {
                 dirty_bits: 3,
                 ..second()
             },
-            Rule::SyncInterrupted,
+            Rule::TakenBack,
             TARGET,
         ),
         case(
@@ -760,7 +760,7 @@ fn by_generations() -> Vec<Case> {
                 ..ahead(first())
             },
             apart(second()),
-            Rule::ByBitmap,
+            Rule::TakenBack,
             TARGET,
         ),
         case(
