@@ -184,8 +184,9 @@ impl<H: Host> Manager<H> {
             self.superblock.generations.bump(new, missing);
             self.generation_changed();
             self.superblock.flags.told = self.has_third_nodes();
-            self.generation.starting =
-                !has_data || (self.has_third_nodes() && self.metadata.enabled);
+            // Of two nodes the other one is told of it only where the data is elsewhere, or the last one was taken back.
+            let is_told = self.has_third_nodes() || taken_back.is_some();
+            self.generation.starting = !has_data || (is_told && self.metadata.enabled);
             self.superblock.flags.starting = self.generation.starting;
             self.hello_changed(cx);
         }

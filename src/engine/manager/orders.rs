@@ -340,7 +340,7 @@ impl<H: Host> Manager<H> {
                 let command = PeerCommand::Goodbye {
                     session: self.peers[slot].session,
                     sequence: self.shared.next_control_sequence(slot),
-                    outdate: self.view.role == Role::Primary && may_write && goes_on,
+                    outdate: self.told_role() == Role::Primary && may_write && goes_on,
                 };
                 self.call(slot, command, Vec::new(), Call::Goodbye);
             } else {
